@@ -1,0 +1,93 @@
+# make demo   set up, build, run the message-logging echo server and verify its log
+# make test   set up, build, run the tests
+# Other targets are for developers: see CONTRIBUTING.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+CC ?= cc
+BIN = $(VENV)/bin
+CFLAGS_ALL = -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -Wall -Wextra -Werror -Icsrc
+
+HEADERS = $(wildcard csrc/*.h)
+SOURCES = $(filter-out csrc/hot.c,$(wildcard csrc/*.c))
+OBJECTS = $(SOURCES:csrc/%.c=build/csrc/%.o)
+CTESTS = $(patsubst tests/c/%.c,build/tests/%,$(wildcard tests/c/test_*.c))
+CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
+
+.DELETE_ON_ERROR:
+.PHONY: test ctest csrc cbench lint format docs matrix clean
+
+test: $(VENV)/.built-dev ctest cbench
+	$(BIN)/python -m pytest -q $(PYTEST)
+
+# --- the environment: one stamp for what a user needs, one for what a developer needs
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "ipckit needs CPython 3.10 or later; name one: make PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.built: $(VENV)/bin/python pyproject.toml setup.py csrc/build.py $(HEADERS) $(SOURCES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cli]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cli,dev]'
+	touch $@
+
+$(VENV)/.built-dev: $(VENV)/.dev setup.py csrc/build.py $(HEADERS) $(SOURCES)
+	IPCKIT_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace
+	touch $@ $(VENV)/.built
+
+# --- the C library without Python, its tests, and the C programs of bench/
+
+csrc: build/libipckit.a
+
+build/csrc/%.o: csrc/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) -c -o $@ $<
+
+build/libipckit.a: $(OBJECTS)
+	rm -f $@
+	ar rcs $@ $^
+
+build/tests/%: tests/c/%.c build/libipckit.a
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) -UNDEBUG -o $@ $< build/libipckit.a -pthread
+
+ctest: $(CTESTS)
+	@for program in $(CTESTS); do \
+	  timeout 60 $$program; status=$$?; \
+	  case $$status in 0) echo "ok   $$program";; 77) echo "skip $$program";; \
+	  *) echo "FAIL $$program (status $$status)"; exit 1;; esac; \
+	done
+
+build/bench/%: bench/c/%.c
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -o $@ $< -pthread
+
+cbench: $(CBENCH)
+
+# --- developers
+
+lint: $(VENV)/.built-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] tests/c/*.c $(wildcard bench/c/*.c)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only . ; $(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c $(wildcard bench/c/*.c)
+
+matrix:
+	@for python in $$(.ci/pythons); do \
+	  echo "== $$python"; \
+	  $(MAKE) --no-print-directory test PYTHON=$$python VENV=.venv-$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') || exit 1; \
+	done
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cli,docs]'
+	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
+
+clean:
+	rm -rf build docs/_build ipckit/_native.c ipckit/_native*.so *.egg-info $(VENV)

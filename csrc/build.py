@@ -1,0 +1,37 @@
+"""Build ipckit._native: the cffi module over the plain C library in this folder.
+
+Each declaration is written once: the header that gcc compiles is also what cffi reads, with
+its preprocessor lines dropped. So a room's header holds only '#' lines, comments, enums,
+structs and prototypes; anything else belongs in the .c file.
+"""
+
+import os
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path("csrc")
+HEADERS = sorted(HERE.glob("*.h"))
+SOURCES = sorted(path for path in HERE.glob("*.c") if path.name != "hot.c")
+WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("IPCKIT_WERROR") else [])
+
+
+def declarations(header: Path) -> str:
+    lines = header.read_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith("#"))
+
+
+ffi = FFI()
+for _header in HEADERS:
+    ffi.cdef(declarations(_header))
+ffi.set_source(
+    "ipckit._native",
+    "\n".join(f'#include "{header.name}"' for header in HEADERS),
+    sources=[str(path) for path in SOURCES],
+    depends=[str(path) for path in HEADERS],
+    include_dirs=[str(HERE)],
+    define_macros=[("_GNU_SOURCE", None)],
+    # The generated file passes unused parameters by design of its interface.
+    extra_compile_args=["-std=gnu11", "-O2", *WARNINGS, "-Wno-unused-parameter"],
+    extra_link_args=["-pthread"],
+)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Runnable servers, one file per model, and the split client."""

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT
+"""Scatter and gather: read into, or write from, many buffers in one system call. See readv(2).
+
+Any object with the buffer protocol will do (bytes, bytearray, memoryview, array, mmap, numpy
+arrays, ...) as long as it is C-contiguous; what is read into must be writable. Large buffers are
+never copied: the kernel gets their addresses. Runs of small ``bytes`` are joined first, because
+for those one copy costs less than telling the kernel an address for each.
+
+All calls drop the GIL, work in any thread and after fork.
+"""
+
+import errno
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ipckit._native import ffi, lib
+from ipckit.errors import check
+from ipckit.wait import deadline
+
+__all__ = ["preadv", "pwritev", "readv", "readv_exact", "writev", "writev_all"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+else:
+    Buffer = object
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+Descriptor = int | HasFileno
+
+# Below this average size copying into one block is cheaper than an address each (bench_vectored).
+_SMALL = 1024
+
+
+def _fileno(fd: Descriptor) -> int:
+    return fd if isinstance(fd, int) else fd.fileno()
+
+
+def _gathered(buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+    """*buffers*, or one block of them all when they are small and plain."""
+    if len(buffers) > 1 and {*map(type, buffers)} <= {bytes, bytearray}:
+        plain: Sequence[bytes] = buffers  # type: ignore[assignment]
+        if sum(map(len, plain)) <= _SMALL * len(plain):
+            return (b"".join(plain),)
+    return buffers
+
+
+def _pin(buffer: Buffer, pinned: ExitStack, writable: bool) -> Any:
+    try:
+        return pinned.enter_context(ffi.from_buffer(buffer, require_writable=writable))
+    except (BufferError, ValueError) as error:  # numpy raises ValueError where others raise BufferError
+        if writable and memoryview(buffer).readonly:
+            raise TypeError(f"can't read into a read-only {type(buffer).__name__}") from None
+        raise TypeError(f"{type(buffer).__name__} must be C-contiguous: {error}") from None
+
+
+def _iovec(buffers: Sequence[Buffer], pinned: ExitStack, writable: bool) -> Any:
+    """The iovec array of *buffers*, which stay pinned (can't be resized) until *pinned* closes."""
+    iov = ffi.new("ik_iovec[]", len(buffers))
+    for entry, buffer in zip(iov, buffers):  # noqa: B905 - one is made from the other
+        entry.base = view = _pin(buffer, pinned, writable)
+        entry.len = len(view)
+    return iov
+
+
+def _once(call: Any, verb: str, fd: Descriptor, buffers: Sequence[Buffer], offset: int, flags: int) -> int:
+    number = _fileno(fd)
+    with ExitStack() as pinned:
+        iov = _iovec(buffers, pinned, call is lib.ik_vectored_read)
+        while True:
+            rc: int = call(number, iov, len(buffers), offset, flags)
+            if rc != -errno.EINTR:
+                return check(rc, f"{verb} on descriptor {number}")
+
+
+def _positive(offset: int) -> int:
+    if offset < 0:
+        raise ValueError(f"offset must be >= 0, not {offset}")
+    return offset
+
+
+def readv(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
+    """Fill *buffers* one after the other with what one read gives; block until there is something.
+
+    Args: fd: a descriptor, or an object with ``fileno()``. buffers: writable; at most the first
+        IOV_MAX (1,024 on Linux) are filled by one call.
+    Returns: bytes read, which may be fewer than fit; 0 at end of file.
+    Raises: TypeError for a read-only buffer; BlockingIOError (EAGAIN) if *fd* is non-blocking and
+        empty; OSError EBADF and what else read(2) gives.
+    Signals: their Python handlers run, then the call goes on (PEP 475). See readv(2).
+    """
+    return _once(lib.ik_vectored_read, "readv", fd, list(buffers), -1, 0)
+
+
+def writev(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
+    """Write *buffers* one after the other by one write; block until something could be written.
+
+    Returns: bytes written, which may be fewer than given (writev_all() goes on).
+    Raises: BrokenPipeError (EPIPE), BlockingIOError (EAGAIN), what else write(2) gives.
+    See writev(2).
+    """
+    return _once(lib.ik_vectored_write, "writev", fd, _gathered(list(buffers)), -1, 0)
+
+
+def preadv(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 0) -> int:
+    """As readv(), from *offset* bytes into the file; the file's own position stays.
+
+    Args: flags: ``os.RWF_HIPRI``, ``os.RWF_NOWAIT``, ... or 0.
+    Raises: as readv(); OSError ESPIPE if *fd* can't seek, EOPNOTSUPP for flags unknown to the kernel;
+        ValueError for a negative offset. See preadv2(2).
+    """
+    return _once(lib.ik_vectored_read, "preadv", fd, list(buffers), _positive(offset), flags)
+
+
+def pwritev(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 0) -> int:
+    """As writev(), to *offset* bytes into the file; the file's own position stays.
+
+    Args: flags: ``os.RWF_DSYNC``, ``os.RWF_SYNC``, ``os.RWF_APPEND``, ... or 0.
+    Raises: as writev(); ESPIPE, EOPNOTSUPP and ValueError as preadv(). See pwritev2(2).
+    """
+    return _once(lib.ik_vectored_write, "pwritev", fd, _gathered(list(buffers)), _positive(offset), flags)
+
+
+def _whole(call: Any, verb: str, fd: Descriptor, buffers: Sequence[Buffer], timeout: float | None) -> int:
+    number = _fileno(fd)
+    deadline_ns = deadline(timeout)
+    if timeout is not None and os.get_blocking(number):
+        raise ValueError(f"a timeout needs a non-blocking descriptor, and {number} is a blocking one")
+    with ExitStack() as pinned:
+        iov = _iovec(buffers, pinned, call is lib.ik_vectored_read_exact)
+        wanted: int = sum(entry.len for entry in iov)
+        transfer = ffi.new("ik_transfer *", {"iov": iov, "count": len(buffers)})
+        while True:
+            rc = call(number, transfer, deadline_ns)
+            if rc == -errno.EINTR:
+                continue
+            if rc == -errno.ENODATA:
+                raise EOFError(f"end of file on descriptor {number} after {transfer.moved} of {wanted} bytes")
+            check(rc, f"{verb} on descriptor {number}, after {transfer.moved} of {wanted} bytes")
+            return wanted
+
+
+def readv_exact(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | None = None) -> int:
+    """Fill all of *buffers*, however many reads that takes; any number of buffers.
+
+    Args: timeout: seconds for the whole; only for a non-blocking descriptor, because a read from a
+        blocking one can't be bounded.
+    Returns: the total size of *buffers*, in bytes.
+    Raises: EOFError saying how many bytes came before the end of file; TimeoutError (ETIMEDOUT),
+        likewise; TypeError for a read-only buffer; ValueError for a timeout on a blocking descriptor.
+    See readv(2).
+    """
+    return _whole(lib.ik_vectored_read_exact, "readv_exact", fd, list(buffers), timeout)
+
+
+def writev_all(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | None = None) -> int:
+    """Write all of *buffers*, however many writes that takes; any number of buffers.
+
+    Other writers of the same pipe or file may come in between two of those writes.
+
+    Args: timeout: as readv_exact().
+    Returns: the total size of *buffers*, in bytes.
+    Raises: BrokenPipeError (EPIPE), TimeoutError (ETIMEDOUT), each saying how many bytes went.
+    See writev(2).
+    """
+    return _whole(lib.ik_vectored_write_all, "writev_all", fd, _gathered(list(buffers)), timeout)

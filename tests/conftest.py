@@ -1,0 +1,173 @@
+"""What every test gets: a check that it leaves nothing behind, and real child processes."""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PATIENCE = 20.0  # seconds that a test waits for a child before it gives up
+
+
+# --- nothing left behind -------------------------------------------------------------------------
+
+
+def open_descriptors() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # the descriptor of this listing itself
+            continue
+    return found
+
+
+def children() -> set[int]:
+    return {
+        int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()
+    }
+
+
+def system_v_ids() -> set[tuple[str, str]]:
+    found = set()
+    for kind in ("msg", "sem", "shm"):
+        for line in Path("/proc/sysvipc", kind).read_text().splitlines()[1:]:
+            found.add((kind, line.split()[1]))
+    return found
+
+
+def named_objects() -> set[str]:
+    return {
+        f"{folder}/{name}"
+        for folder in ("/dev/shm", "/dev/mqueue")
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+    }
+
+
+def handlers() -> dict[int, object]:
+    """The handler of every signal but SIGALRM, which keeps the time limit of the tests."""
+    return {number: signal.getsignal(number) for number in signal.valid_signals() - {signal.SIGALRM}}
+
+
+def kernel_dispositions() -> str:
+    """SigBlk, SigIgn and SigCgt as the kernel has them, SIGALRM left out."""
+    alarm = 1 << (signal.SIGALRM - 1)
+    masks = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(("SigBlk", "SigIgn", "SigCgt")):
+            name, mask = line.split()
+            masks[name] = int(mask, 16) & ~alarm
+    return str(masks)
+
+
+def everything() -> dict[str, object]:
+    return {
+        "descriptors": open_descriptors(),
+        "children": children(),
+        "threads": {thread.name for thread in threading.enumerate()},
+        "System V ids": system_v_ids(),
+        "named objects": named_objects(),
+        "signal handlers": handlers(),
+        "signal masks": kernel_dispositions(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    before = everything()
+    yield
+    after = everything()
+    left = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    for pid in after["children"] - before["children"]:  # type: ignore[operator]
+        os.kill(pid, signal.SIGKILL)  # or it would be blamed on every later test
+        os.waitpid(pid, 0)
+    assert not left, f"left behind (before, after): {left}"
+
+
+# --- children ------------------------------------------------------------------------------------
+
+
+class Forked:
+    """A forked child running ``target(ready, *args)``; ``ready()`` tells the parent how far it came."""
+
+    def __init__(self, target: Callable[..., object], *args: object) -> None:
+        self.pid = 0
+        self.status: int | None = None
+        self._told, tell = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._told)
+            self._run(lambda: os.write(tell, b"."), target, args)
+        os.close(tell)
+
+    @staticmethod
+    def _run(ready: Callable[[], int], target: Callable[..., object], args: tuple[object, ...]) -> None:
+        code = 1
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the limit of the test is the parent's
+            target(ready, *args)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait_ready(self, timeout: float = PATIENCE) -> None:
+        """Wait until the child called ready(); fails when it ended before, or at the deadline."""
+        readable, _, _ = select.select([self._told], [], [], timeout)
+        assert readable, f"child {self.pid} was not ready after {timeout} s"
+        assert os.read(self._told, 1), f"child {self.pid} ended before it was ready"
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        assert self.status is None, "the child has been reaped already"
+        os.kill(self.pid, signum)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """The child's exit code, or minus the signal that ended it."""
+        if self.status is None:
+            pidfd = os.pidfd_open(self.pid)
+            readable, _, _ = select.select([pidfd], [], [], timeout)
+            os.close(pidfd)
+            assert readable, f"child {self.pid} still runs after {timeout} s"
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
+
+    def close(self) -> None:
+        if self.status is None:
+            self.kill()
+            self.wait()
+        os.close(self._told)
+
+
+@pytest.fixture
+def forked(nothing_left_behind: None) -> Iterator[Callable[..., Forked]]:
+    """``child = forked(target, *args)``: a real process; what still runs at the end is killed."""
+    started: list[Forked] = []
+
+    def start(target: Callable[..., object], *args: object) -> Forked:
+        started.append(Forked(target, *args))
+        return started[-1]
+
+    yield start
+    for child in started:
+        child.close()
+
+
+def eventually(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
+    """Poll *condition* until it holds; for what the kernel shows only in /proc."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"not true within {timeout} s"
+        time.sleep(0.001)
