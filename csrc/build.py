@@ -6,6 +6,7 @@ structs and prototypes; anything else belongs in the .c file.
 """
 
 import os
+import re
 from pathlib import Path
 
 from cffi import FFI
@@ -21,9 +22,20 @@ def declarations(header: Path) -> str:
     return "\n".join(line for line in lines if not line.startswith("#"))
 
 
+def declare(header: Path, declared: set[Path]) -> None:
+    """Give *header* to cffi, those that it includes first, each once."""
+    if header in declared:
+        return
+    declared.add(header)
+    for name in re.findall(r'^#include "(.*)"', header.read_text(), re.MULTILINE):
+        declare(HERE / name, declared)
+    ffi.cdef(declarations(header))
+
+
 ffi = FFI()
+_declared: set[Path] = set()
 for _header in HEADERS:
-    ffi.cdef(declarations(_header))
+    declare(_header, _declared)
 ffi.set_source(
     "ipckit._native",
     "\n".join(f'#include "{header.name}"' for header in HEADERS),

@@ -1,5 +1,6 @@
 /* process.h - fork so that no signal, status or descriptor goes astray. See fork(2), pidfd_open(2).
  */
+#pragma once
 #include <stddef.h>
 
 enum ik_process_flags { IK_PROCESS_DIE_WITH_PARENT = 1 << 0 };

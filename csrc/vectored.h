@@ -1,4 +1,5 @@
 /* vectored.h - scatter and gather: many buffers in one system call. See readv(2). */
+#pragma once
 #include <stddef.h>
 #include <stdint.h>
 

@@ -2,6 +2,7 @@
  *
  * A deadline is absolute, in nanoseconds; IK_FOREVER never comes, IK_NOW has passed already.
  */
+#pragma once
 #include <stdint.h>
 
 enum ik_deadline { IK_FOREVER = -1, IK_NOW = 0 };

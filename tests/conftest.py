@@ -57,13 +57,13 @@ def handlers() -> dict[int, object]:
 
 
 def kernel_dispositions() -> str:
-    """SigBlk, SigIgn and SigCgt as the kernel has them, SIGALRM left out."""
-    alarm = 1 << (signal.SIGALRM - 1)
+    """SigBlk, SigIgn and SigCgt as the kernel has them; without SIGALRM and what glibc needs for threads."""
+    ours = sum(1 << (number - 1) for number in (signal.SIGALRM, 32, 33))
     masks = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(("SigBlk", "SigIgn", "SigCgt")):
             name, mask = line.split()
-            masks[name] = int(mask, 16) & ~alarm
+            masks[name] = int(mask, 16) & ~ours
     return str(masks)
 
 

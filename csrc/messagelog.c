@@ -1,0 +1,485 @@
+/* SPDX-License-Identifier: MIT */
+#include "messagelog.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "process.h"
+#include "wait.h"
+
+/* No internal wait is longer than this before it looks again whether it still makes sense. */
+enum { SLICE_NS = 100000000, MOVE_MAX = 1 << 20 };
+
+struct ik_log_shared {
+    pthread_mutex_t lock; /* robust, process-shared: one message at a time */
+    /* Under the lock; in_message says that a message longer than PIPE_BUF is partly in the pipe. */
+    _Atomic uint32_t in_message;
+    _Atomic uint32_t torn;
+    _Atomic uint64_t messages;
+    _Atomic uint64_t bytes;
+    /* Acknowledgements: writers count asked up after their write, the logger sets done to the value
+     * of asked that it read before it emptied the pipe. */
+    _Atomic uint32_t asked;
+    _Atomic uint32_t done;
+    /* The logger's. */
+    _Atomic uint64_t moved;
+    _Atomic int error;
+    _Atomic int sync_error;
+};
+
+size_t ik_log_shared_size(void) {
+    return sizeof(ik_log_shared);
+}
+
+ik_log_shared *ik_log_map(int memory) {
+    void *at = mmap(NULL, sizeof(ik_log_shared), PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+    return at == MAP_FAILED ? NULL : at;
+}
+
+void ik_log_unmap(ik_log_shared *shared) {
+    munmap(shared, sizeof *shared);
+}
+
+int ik_log_shared_init(ik_log_shared *shared) {
+    pthread_mutexattr_t attributes;
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+    pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+    int rc = pthread_mutex_init(&shared->lock, &attributes);
+    pthread_mutexattr_destroy(&attributes);
+    return -rc;
+}
+
+/* --- the record line ---------------------------------------------------------------------------*/
+
+static const char HEX[] = "0123456789abcdef";
+static const char BASE64[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+static const char ESCAPES[32] = {
+    ['\b'] = 'b', ['\t'] = 't', ['\n'] = 'n', ['\f'] = 'f', ['\r'] = 'r'};
+
+static size_t base64_length(size_t len) {
+    return (len + 2) / 3 * 4;
+}
+
+static char *put_base64(char *to, const unsigned char *data, size_t len) {
+    for (size_t i = 0; i < len; i += 3) {
+        size_t left = len - i;
+        uint32_t three = (uint32_t)data[i] << 16 | (left > 1 ? (uint32_t)data[i + 1] << 8 : 0) |
+                         (left > 2 ? data[i + 2] : 0);
+        *to++ = BASE64[three >> 18];
+        *to++ = BASE64[three >> 12 & 63];
+        *to++ = left > 1 ? BASE64[three >> 6 & 63] : '=';
+        *to++ = left > 2 ? BASE64[three & 63] : '=';
+    }
+    return to;
+}
+
+/* Bytes of the UTF-8 character that starts here (RFC 3629), or 0 if none does. */
+static size_t utf8_length(const unsigned char *s, size_t left) {
+    unsigned char c = s[0];
+    size_t n = c < 0x80                ? 1
+               : c >= 0xc2 && c < 0xe0 ? 2
+               : c >= 0xe0 && c < 0xf0 ? 3
+               : c >= 0xf0 && c < 0xf5 ? 4
+                                       : 0;
+    if (n == 0 || n > left)
+        return 0;
+    for (size_t i = 1; i < n; i++)
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+    if ((c == 0xe0 && s[1] < 0xa0) || (c == 0xed && s[1] > 0x9f) || (c == 0xf0 && s[1] < 0x90) ||
+        (c == 0xf4 && s[1] > 0x8f))
+        return 0;
+    return n;
+}
+
+static char *put_ascii(char *to, unsigned char c) {
+    if (c == '"' || c == '\\') {
+        *to++ = '\\';
+        *to++ = (char)c;
+    } else if (c < 0x20 && ESCAPES[c]) {
+        *to++ = '\\';
+        *to++ = ESCAPES[c];
+    } else if (c < 0x20 || c == 0x7f) { /* DEL too: a log is looked at on terminals */
+        memcpy(to, "\\u00", 4);
+        to[4] = HEX[c >> 4];
+        to[5] = HEX[c & 15];
+        to += 6;
+    } else
+        *to++ = (char)c;
+    return to;
+}
+
+/* U+0080 to U+009F steer some terminals as ESC does. */
+static int is_c1_control(const unsigned char *s, size_t n) {
+    return n == 2 && s[0] == 0xc2 && s[1] < 0xa0;
+}
+
+/* The message as JSON text up to limit, or NULL if it is no UTF-8 text or longer. */
+static char *put_text(char *to, const char *limit, const unsigned char *data, size_t len) {
+    for (size_t i = 0, n; i < len; i += n) {
+        n = utf8_length(data + i, len - i);
+        if (n == 0 || to + 6 > limit)
+            return NULL;
+        if (n == 1)
+            to = put_ascii(to, data[i]);
+        else if (is_c1_control(data + i, n))
+            to += sprintf(to, "\\u00%02x", data[i + 1]);
+        else {
+            memcpy(to, data + i, n);
+            to += n;
+        }
+    }
+    return to;
+}
+
+enum { FIXED = 160 }; /* all of a line but the peer and the message */
+
+size_t ik_log_record_bound(size_t len, const char *peer) {
+    size_t body = base64_length(len);
+    size_t room = FIXED + 6 * strlen(peer);
+    /* Text may take what is left of PIPE_BUF, and some room to notice that it takes more. */
+    return room + (body > PIPE_BUF ? body : PIPE_BUF) + 8;
+}
+
+static char *put_head(char *to, size_t len, const char *peer, uint64_t connection) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    to += sprintf(to, "{\"time\":%lld.%06ld,", (long long)now.tv_sec, now.tv_nsec / 1000);
+    if (connection)
+        to += sprintf(to, "\"connection\":%llu,", (unsigned long long)connection);
+    to += sprintf(to, "\"peer\":\"");
+    for (; *peer; peer++)
+        to = put_ascii(to, (unsigned char)*peer < 0x80 ? (unsigned char)*peer : '?');
+    return to + sprintf(to, "\",\"length\":%zu,", len);
+}
+
+size_t ik_log_format_record(char *line, const void *data, size_t len, const char *peer,
+                            uint64_t connection) {
+    char *body = put_head(line, len, peer, connection);
+    /* Text when it fits into an atomic write or is no longer than base64 would be. */
+    size_t head = (size_t)(body - line), tail = sizeof "\"text\":\"\"}\n" - 1;
+    size_t most = head + tail < PIPE_BUF ? PIPE_BUF - head - tail : 0;
+    if (most < base64_length(len))
+        most = base64_length(len);
+    char *text = body + sprintf(body, "\"text\":\"");
+    char *end = put_text(text, text + most, data, len);
+    if (end == NULL)
+        end = put_base64(body + sprintf(body, "\"base64\":\""), data, len);
+    memcpy(end, "\"}\n", 3);
+    return (size_t)(end + 3 - line);
+}
+
+/* --- writers -----------------------------------------------------------------------------------*/
+
+static int64_t earlier(int64_t deadline_ns, int64_t other_ns) {
+    return deadline_ns == IK_FOREVER || deadline_ns > other_ns ? other_ns : deadline_ns;
+}
+
+/* -EINTR after a slice, so that the caller's signal handlers get their turn. */
+static int lock(ik_log_shared *shared, int64_t deadline_ns) {
+    int rc = pthread_mutex_trylock(&shared->lock);
+    if (rc == EBUSY) {
+        int64_t now = ik_wait_now();
+        int64_t until = earlier(deadline_ns, now + SLICE_NS);
+        if (until < now)
+            return -ETIMEDOUT;
+        struct timespec at = {until / 1000000000, until % 1000000000};
+        rc = pthread_mutex_clocklock(&shared->lock, CLOCK_MONOTONIC, &at);
+        if (rc == ETIMEDOUT)
+            return until == deadline_ns ? -ETIMEDOUT : -EINTR;
+    }
+    if (rc == EOWNERDEAD) /* in_message says whether the dead one left something to mend */
+        rc = pthread_mutex_consistent(&shared->lock);
+    return -rc;
+}
+
+static void unlock(ik_log *log, ik_append *append) {
+    append->locked = 0;
+    pthread_mutex_unlock(&log->shared->lock);
+}
+
+/* End the torn message that a dead writer left, so that the next line starts on a line of its own.
+ */
+static int mend(ik_log *log) {
+    ik_log_shared *shared = log->shared;
+    if (!atomic_load_explicit(&shared->in_message, memory_order_relaxed))
+        return 0;
+    if (log->format == IK_LOG_RECORD && write(log->writer, "\n", 1) < 0)
+        return -errno;
+    atomic_fetch_add_explicit(&shared->torn, 1, memory_order_relaxed);
+    atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
+    return 0;
+}
+
+/* One attempt, lock held: what can be written now is. 0 when the message is whole in the pipe. */
+static int write_some(ik_log *log, ik_append *append) {
+    ik_log_shared *shared = log->shared;
+    if (append->sent == 0) {
+        int rc = mend(log);
+        if (rc < 0)
+            return rc;
+    }
+    if (append->len > PIPE_BUF)
+        atomic_store_explicit(&shared->in_message, 1, memory_order_relaxed);
+    while (append->sent < append->len) {
+        ssize_t n = write(log->writer, (const char *)append->data + append->sent,
+                          append->len - append->sent);
+        if (n < 0) {
+            if (append->sent == 0)
+                atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
+            return -errno;
+        }
+        append->sent += (size_t)n;
+    }
+    atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
+    atomic_fetch_add_explicit(&shared->messages, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&shared->bytes, append->len, memory_order_relaxed);
+    return 0;
+}
+
+/* Bring the message into the pipe. The lock is kept between calls only in the middle of a message.
+ */
+static int write_whole(ik_log *log, ik_append *append, int64_t deadline_ns) {
+    for (;;) {
+        if (!append->locked) {
+            int rc = lock(log->shared, deadline_ns);
+            if (rc < 0)
+                return rc;
+            append->locked = 1;
+        }
+        int rc = write_some(log, append);
+        if (append->sent == 0 || append->sent == append->len)
+            unlock(log, append);
+        if (rc != -EAGAIN)
+            return rc;
+        rc = ik_wait_fd(log->writer, POLLOUT, deadline_ns);
+        if (rc < 0)
+            return rc;
+    }
+}
+
+static void futex_wake_all(_Atomic uint32_t *word) {
+    syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+static int reader_is_gone(const ik_log *log) {
+    return ik_wait_fd(log->writer, 0, IK_NOW) > 0; /* POLLERR, asked for or not */
+}
+
+/* Sleep until done reaches our ticket. A slice at the most: the logger that wakes us may be killed
+ * between its store and its wake. */
+static int await_done(ik_log *log, const ik_append *append, int64_t deadline_ns) {
+    ik_log_shared *shared = log->shared;
+    for (;;) {
+        int broken = atomic_load_explicit(&shared->sync_error, memory_order_acquire);
+        if (broken)
+            return -broken;
+        /* Acquire: with done, all that the logger stored before it is seen. */
+        uint32_t done = atomic_load_explicit(&shared->done, memory_order_acquire);
+        if ((int32_t)(done - append->ticket) >= 0)
+            return 0;
+        int64_t now = ik_wait_now(), until = earlier(deadline_ns, now + SLICE_NS);
+        if (until <= now)
+            return -ETIMEDOUT;
+        struct timespec left = {0, until - now};
+        if (syscall(SYS_futex, &shared->done, FUTEX_WAIT, done, &left, NULL, 0) < 0) {
+            if (errno == EINTR)
+                return -EINTR;
+            if (errno == ETIMEDOUT && reader_is_gone(log))
+                return -EPIPE;
+        }
+    }
+}
+
+int ik_log_append(ik_log *log, ik_append *append, int64_t deadline_ns) {
+    if (!append->asked) {
+        int rc = write_whole(log, append, deadline_ns);
+        if (rc < 0 || log->durability == IK_LOG_NONE)
+            return rc;
+        /* Release: a logger that reads this value finds our bytes in the pipe, or past it. */
+        append->ticket =
+            atomic_fetch_add_explicit(&log->shared->asked, 1, memory_order_release) + 1;
+        append->asked = 1;
+        uint64_t one = 1;
+        if (write(log->wake, &one, sizeof one) < 0 && errno != EAGAIN)
+            return -errno;
+    }
+    return await_done(log, append, deadline_ns);
+}
+
+void ik_log_abandon(ik_log *log, ik_append *append) {
+    if (append->locked)
+        unlock(log, append); /* in_message stays set: the next writer mends */
+}
+
+void ik_log_read_counters(const ik_log *log, ik_log_counters *ret_counters) {
+    const ik_log_shared *shared = log->shared;
+    *ret_counters = (ik_log_counters){
+        .messages = atomic_load_explicit(&shared->messages, memory_order_relaxed),
+        .bytes = atomic_load_explicit(&shared->bytes, memory_order_relaxed),
+        .moved = atomic_load_explicit(&shared->moved, memory_order_relaxed),
+        .torn = atomic_load_explicit(&shared->torn, memory_order_relaxed),
+        .error = atomic_load_explicit(&shared->error, memory_order_relaxed),
+        .sync_error = atomic_load_explicit(&shared->sync_error, memory_order_relaxed),
+    };
+}
+
+int64_t ik_log_backlog(const ik_log *log) {
+    int queued;
+    return ioctl(log->reader, FIONREAD, &queued) < 0 ? -errno : queued;
+}
+
+/* --- the logger --------------------------------------------------------------------------------*/
+
+/* Full disk, quota, file size limit, I/O error: wait and try again; the pipe keeps the rest and
+ * makes the writers wait. */
+static void pause_for(ik_log *log, int error) {
+    atomic_store_explicit(&log->shared->error, error, memory_order_relaxed);
+    struct timespec slice = {0, SLICE_NS};
+    nanosleep(&slice, NULL);
+}
+
+/* Where the file system can't splice, bytes pass through here, and a kill between the read and the
+ * write loses them. */
+static int64_t copy_some(ik_log *log, size_t most) {
+    char block[65536];
+    ssize_t n = read(log->reader, block, most < sizeof block ? most : sizeof block);
+    for (ssize_t done = 0; done < n;) {
+        ssize_t w = write(log->file, block + done, (size_t)(n - done));
+        if (w < 0)
+            pause_for(log, errno);
+        else
+            done += w;
+    }
+    return n < 0 ? -errno : n;
+}
+
+/* Move up to most bytes to the end of the file: bytes moved, 0 at end of file, or -errno. */
+static int64_t move_some(ik_log *log, size_t most) {
+    static int copying;
+    /* The end, each time: somebody may have truncated the file to rotate it. */
+    if (lseek(log->file, 0, SEEK_END) < 0)
+        return -errno;
+    int64_t n = copying ? copy_some(log, most)
+                        : splice(log->reader, NULL, log->file, NULL, most, SPLICE_F_MOVE);
+    if (n < 0 && !copying && errno == EINVAL) {
+        copying = 1;
+        return move_some(log, most);
+    }
+    if (n < 0)
+        return copying ? n : -errno;
+    if (n > 0) {
+        atomic_fetch_add_explicit(&log->shared->moved, (uint64_t)n, memory_order_relaxed);
+        atomic_store_explicit(&log->shared->error, 0, memory_order_relaxed);
+    }
+    return n;
+}
+
+/* Move, come what may. 0 at end of file; -EAGAIN or -EINTR when there is nothing now. */
+static int64_t move(ik_log *log, size_t most) {
+    for (;;) {
+        int64_t n = move_some(log, most);
+        if (n >= 0 || n == -EAGAIN || n == -EINTR)
+            return n;
+        pause_for(log, (int)-n);
+    }
+}
+
+static void sync_file(ik_log *log) {
+    if (fdatasync(log->file) == 0)
+        return;
+    /* The kernel may have dropped the dirty pages and would say "fine" next time: the first failure
+     * is the last word. EINVAL: such a file has nothing to sync. */
+    int none = 0;
+    if (errno != EINVAL)
+        atomic_compare_exchange_strong(&log->shared->sync_error, &none, errno);
+}
+
+static int somebody_asked(ik_log *log) {
+    return atomic_load_explicit(&log->shared->asked, memory_order_acquire) !=
+           atomic_load_explicit(&log->shared->done, memory_order_relaxed);
+}
+
+/* Acknowledge: all that was in the pipe when asked was read is moved, then done says so. */
+static void acknowledge(ik_log *log) {
+    /* Acquire: the bytes of every writer counted in asked are in the pipe already. */
+    uint32_t asked = atomic_load_explicit(&log->shared->asked, memory_order_acquire);
+    for (int64_t queued = ik_log_backlog(log), n; queued > 0; queued -= n) {
+        n = move(log, (size_t)queued);
+        if (n == 0)
+            break;
+        if (n < 0) /* interrupted: nothing moved */
+            n = 0;
+    }
+    if (log->durability == IK_LOG_SYNCED)
+        sync_file(log);
+    /* Release: whoever sees done sees sync_error too. */
+    atomic_store_explicit(&log->shared->done, asked, memory_order_release);
+    futex_wake_all(&log->shared->done);
+}
+
+/* Wait for bytes, the end of the last writer or somebody who asks: what poll says of the pipe. */
+static int await_work(ik_log *log) {
+    struct pollfd both[] = {{.fd = log->reader, .events = POLLIN},
+                            {.fd = log->wake, .events = POLLIN}};
+    uint64_t drained;
+    if (poll(both, 2, -1) < 0)
+        return 0;
+    /* Drained before asked is read again, so a later asker makes it readable again. */
+    if (both[1].revents && read(log->wake, &drained, sizeof drained) < 0)
+        return 0;
+    return both[0].revents;
+}
+
+/* Never sleeps but in await_work: an asker whose bytes are moved already sends no more of them. */
+static void run_acknowledging(ik_log *log) {
+    for (;;) {
+        if (somebody_asked(log))
+            acknowledge(log);
+        int ready = await_work(log);
+        if (ready & POLLIN)
+            move(log, MOVE_MAX);
+        else if (ready & POLLHUP)
+            return;
+    }
+}
+
+/* Nobody asks: the pipe alone wakes us. */
+static void run_plainly(ik_log *log) {
+    while (move(log, MOVE_MAX) != 0)
+        ;
+}
+
+static void ignore_what_is_meant_for_others(void) {
+    /* A terminal's Ctrl-C and a group's SIGTERM reach the logger too, but it is the last to leave:
+     * it ends when the last writer has gone. */
+    const int ignored[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGXFSZ, SIGUSR1, SIGUSR2};
+    for (size_t i = 0; i < sizeof ignored / sizeof *ignored; i++)
+        signal(ignored[i], SIG_IGN);
+}
+
+int ik_log_run(void *argument) {
+    ik_log *log = argument;
+    ignore_what_is_meant_for_others();
+    ik_process_unblock();
+    if (log->durability == IK_LOG_NONE)
+        run_plainly(log);
+    else
+        run_acknowledging(log);
+    sync_file(log);
+    return atomic_load(&log->shared->sync_error);
+}

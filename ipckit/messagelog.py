@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: MIT
+"""The message log: many processes append through one pipe, a logger child writes the file.
+
+::
+
+    workers --append--> pipe --splice--> file
+                          ^
+              the supervisor holds it open and starts a new logger when one dies
+
+The logger moves the pipe to the file inside the kernel, so it never holds a byte that a kill could
+lose. A message longer than PIPE_BUF (4,096 bytes on Linux) takes a lock that the kernel frees when
+its holder dies; shorter ones are one write, which the kernel never splits. Durability, what
+``append()`` waits for:
+
+==========  ====================================  ==============================================
+level       append() returned means               lost by
+==========  ====================================  ==============================================
+"none"      the message is in the kernel's pipe   logger and supervisor both killed; power loss
+"written"   it is in the file                     power loss
+"synced"    fdatasync(2) returned after it        the disk
+==========  ====================================  ==============================================
+
+Format "raw": the file is the appended bytes, one after the other. Format "record": one JSON line a
+message, ``{"time": ..., "connection": ..., "peer": ..., "length": ..., "text" or "base64": ...}``,
+printable whatever came; ``records()`` reads them back.
+"""
+
+import base64
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import reduction
+from typing import TYPE_CHECKING, Any
+
+from ipckit import wait
+from ipckit._native import ffi, lib
+from ipckit.errors import Closed, check
+from ipckit.process import Child, fork_native
+
+__all__ = ["LogStats", "LogWriter", "MessageLog", "Record", "records"]
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer, Self
+else:
+    Buffer = object
+
+_FORMATS = {"raw": lib.IK_LOG_RAW, "record": lib.IK_LOG_RECORD}
+_DURABILITIES = {"none": lib.IK_LOG_NONE, "written": lib.IK_LOG_WRITTEN, "synced": lib.IK_LOG_SYNCED}
+_RUN_LOGGER = ffi.addressof(lib, "ik_log_run")
+# A logger that dies more often than this in a second can't be helped by another one.
+_RESTARTS_PER_SECOND = 100
+# How long the supervisor waits for the pipe before it looks whether its logger lives.
+_LOOK_NS = 100_000_000
+
+
+@dataclass(frozen=True)
+class LogStats:
+    """What a log has seen since it was opened."""
+
+    messages: int
+    """appended"""
+    bytes: int
+    """appended, as they stand in the file (records are longer than their messages)"""
+    backlog: int
+    """bytes in the pipe, not in the file yet"""
+    restarts: int
+    """loggers that died and were replaced"""
+    torn: int
+    """messages whose writer ended in their middle, and a torn tail found at open"""
+    error: int
+    """the errno that the logger waits on (ENOSPC, EFBIG, EIO, ...), or 0"""
+    sync_error: int
+    """the errno of the first failed fdatasync, or 0"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One message of a log in record format."""
+
+    time: float
+    """seconds since the epoch"""
+    peer: str
+    connection: int
+    """0 if none was given"""
+    data: bytes
+
+
+def _open_file(path: str) -> int:
+    """The log file, locked against a second log: regular, ours, not reached through a link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        fd = os.open(path, flags, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "the log must not be a symbolic link", path) from None
+        raise
+    try:
+        _refuse_strangers(fd, path)
+        _take(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refuse_strangers(fd: int, path: str) -> None:
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "the log must be a regular file", path)
+    if info.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"the log belongs to user {info.st_uid}, not to us", path)
+    if info.st_nlink != 1:
+        raise OSError(errno.EMLINK, f"the log must have one name, not {info.st_nlink} links", path)
+
+
+def _take(fd: int, path: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(errno.EWOULDBLOCK, "another process writes this log", path) from None
+
+
+def _end_torn_tail(fd: int, path: str) -> int:
+    """Give a last line that was cut off its line end, so that it stays one bad line: 1 if so."""
+    size = os.fstat(fd).st_size
+    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+        return 0
+    if os.pwrite(fd, b"\n", size) != 1:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+    return 1
+
+
+def _pipe(capacity: int) -> tuple[int, int]:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(PermissionError):  # over the user's pipe allowance: the default works too
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, capacity)
+    return reader, writer
+
+
+class LogWriter:
+    """One process's use of a log: what a child of the log's supervisor has.
+
+    It comes by fork (the supervisor's own ``MessageLog`` is one) or by pickling the log to a ``spawn`` or
+    ``forkserver`` child of multiprocessing. Threads: any number.
+    """
+
+    def __init__(self, path: str, format: str, durability: str, descriptors: "tuple[int, int, int]") -> None:
+        self.path = path
+        self.format = format
+        self.durability = durability
+        self._own: dict[str, int] = dict(zip(("writer", "wake", "memory"), descriptors, strict=True))
+        self._attach()
+
+    def _attach(self) -> None:
+        mapped = lib.ik_log_map(self._own["memory"])
+        if not mapped:
+            raise MemoryError(f"no memory to map for the log {self.path}")
+        # Mapped as long as this object lives, beyond close(): another thread may still be unlocking.
+        self._shared = ffi.gc(mapped, lib.ik_log_unmap)
+        self.native: Any = ffi.new(
+            "ik_log *",
+            {
+                "reader": self._own.get("reader", -1),
+                "file": self._own.get("file", -1),
+                "writer": self._own["writer"],
+                "wake": self._own["wake"],
+                "format": _FORMATS[self.format],
+                "durability": _DURABILITIES[self.durability],
+                "shared": self._shared,
+            },
+        )
+        """the C handle (``ik_log *``), for services written in C; valid while this object lives"""
+
+    def append(
+        self, data: Buffer, *, peer: str = "", connection: int = 0, timeout: float | None = None
+    ) -> None:
+        """Append one message; block until it is as durable as the log promises.
+
+        Args: data: bytes-like. peer, connection: who sent it, for the record format. timeout: seconds
+            for the whole; None waits for ever, which a full disk can make long.
+        Raises: TimeoutError (ETIMEDOUT): in the log once or not at all; BrokenPipeError (EPIPE): neither logger
+            nor supervisor lives; OSError EIO, ENOSPC, ...: fdatasync failed, now or earlier, so nothing can
+            be promised as "synced" any more; Closed.
+        Signals: their Python handlers run in between; one that raises gives the message up.
+        """
+        if self.closed:
+            raise Closed(f"the log {self.path} is closed")
+        line = self._line(data, peer, connection)
+        with ffi.from_buffer(line) as start:
+            self._append(ffi.new("ik_append *", {"data": start, "len": len(start)}), wait.deadline(timeout))
+
+    def _append(self, append: Any, deadline_ns: int) -> None:
+        rc = -errno.EINTR
+        try:
+            while rc == -errno.EINTR:
+                rc = lib.ik_log_append(self.native, append, deadline_ns)
+        finally:
+            lib.ik_log_abandon(self.native, append)
+        check(rc, self.path)
+
+    def _line(self, data: Buffer, peer: str, connection: int) -> Any:
+        if self.format == "raw":
+            return data
+        name = peer.encode("ascii", "backslashreplace").replace(b"\0", b"?")
+        with ffi.from_buffer(data) as start:
+            line = ffi.new("char[]", lib.ik_log_record_bound(len(start), name))
+            length = lib.ik_log_format_record(line, start, len(start), name, connection)
+        return ffi.buffer(line, length)
+
+    @property
+    def closed(self) -> bool:
+        return "writer" not in self._own
+
+    def close(self) -> None:
+        """End this process's use of the log; a second call does nothing."""
+        self._forget(*self._own)
+
+    def _forget(self, *names: str) -> None:
+        """Close descriptors; their numbers are gone from the C handle before they are free again."""
+        for name in names:
+            fd = self._own.pop(name, -1)
+            if name != "memory":
+                setattr(self.native, name, -1)
+            if fd >= 0:
+                os.close(fd)
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_own", None) and hasattr(self, "native"):
+            LogWriter.close(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else self.durability
+        return f"<{type(self).__name__} {self.path} {self.format} {state}>"
+
+    def __reduce__(self) -> "tuple[Any, ...]":
+        if self.closed:
+            raise Closed(f"the log {self.path} is closed")
+        duplicates = [reduction.DupFd(self._own[name]) for name in ("writer", "wake", "memory")]
+        return _rebuild, (self.path, self.format, self.durability, duplicates)
+
+
+def _rebuild(path: str, format: str, durability: str, duplicates: "list[Any]") -> LogWriter:
+    writer, wake, memory = (duplicate.detach() for duplicate in duplicates)
+    for fd in (writer, wake, memory):
+        os.set_inheritable(fd, False)
+    return LogWriter(path, format, durability, (writer, wake, memory))
+
+
+class MessageLog(LogWriter):
+    """A log file written by a logger child from the messages of this process and of those it forks.
+
+    Args:
+        path: created with mode 0600 if missing, appended to otherwise. Refused: symbolic links, FIFOs
+            and other non-files, files of other users, files with more than one link, and a file
+            that another log writes now.
+        format: "raw" or "record" (see the module).
+        durability: "none", "written" or "synced" (see the module).
+        capacity: the pipe's size in bytes; the kernel rounds it up, and keeps its default if the
+            user's allowance is used up.
+
+    The process that opens the log is its supervisor. It calls ``supervise()`` when ``fileno()`` is
+    readable (the logger died); ``append()`` and ``close()`` do so themselves. When the supervisor itself
+    is killed, the logger writes what is left and ends as soon as the last writer has ended.
+
+    A full disk loses nothing and stops nothing for good: the logger tries again, the pipe keeps what
+    comes and, once full, makes the writers wait. ``stats().error`` tells.
+
+    Fork: children append to the same log; in them ``close()`` ends only their own use. Threads: any
+    number. Raises: OSError for the refusals above, naming the path; ValueError for a bad option.
+    """
+
+    def __init__(
+        self,
+        path: "str | os.PathLike[str]",
+        *,
+        format: str = "raw",
+        durability: str = "none",
+        capacity: int = 1 << 20,
+    ) -> None:
+        for option, value, known in (("format", format, _FORMATS), ("durability", durability, _DURABILITIES)):
+            if value not in known:
+                raise ValueError(f"{option} must be one of {', '.join(known)}, not {value!r}")
+        self.path = os.fspath(path)
+        self.format = format
+        self.durability = durability
+        self.restarts = 0
+        """loggers that died and were replaced"""
+        self._recent: list[float] = []
+        self._logger: Child | None = None
+        self._owner = os.getpid()
+        with contextlib.ExitStack() as undo:
+            self._own = {"file": _open_file(self.path)}
+            undo.callback(lambda: [os.close(fd) for fd in self._own.values()])
+            self._torn_at_open = _end_torn_tail(self._own["file"], self.path) if format == "record" else 0
+            self._own["reader"], self._own["writer"] = _pipe(capacity)
+            self._own["wake"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._own["memory"] = os.memfd_create("ipckit-log", os.MFD_CLOEXEC)
+            os.ftruncate(self._own["memory"], lib.ik_log_shared_size())
+            self._attach()
+            check(lib.ik_log_shared_init(self.native.shared))
+            self._logger = self._start_logger()
+            undo.pop_all()
+        _logs.add(self)
+
+    def _start_logger(self) -> Child:
+        native = self.native
+        # Not the write end: holding it, the logger would never see its end of file.
+        return fork_native(
+            _RUN_LOGGER, native, keep=(native.reader, native.file, native.wake), die_with_parent=False
+        )
+
+    @property
+    def logger(self) -> Child:
+        """The logger child of this moment. Raises: Closed; RuntimeError in a process that is not the supervisor."""
+        if self.closed:
+            raise Closed(f"the log {self.path} is closed")
+        if self._logger is None:
+            raise RuntimeError(
+                f"process {os.getpid()} is not the supervisor of {self.path}; {self._owner} is"
+            )
+        return self._logger
+
+    def fileno(self) -> int:
+        """Readable when the logger died and ``supervise()`` is due."""
+        return self.logger.fileno()
+
+    def supervise(self) -> bool:
+        """Start a new logger if the present one died; True if so. Nothing is lost in between.
+
+        Raises: RuntimeError if the logger dies more than a hundred times within a second.
+        """
+        status = self.logger.poll()
+        if status is None:
+            return False
+        now = time.monotonic()
+        self._recent = [at for at in self._recent if now - at < 1] + [now]
+        if len(self._recent) > _RESTARTS_PER_SECOND:
+            raise RuntimeError(
+                f"the logger of {self.path} died {len(self._recent)} times in a second: {status}"
+            )
+        self.logger.close()
+        self._logger = self._start_logger()
+        self.restarts += 1
+        return True
+
+    def _append(self, append: Any, deadline_ns: int) -> None:
+        if self._logger is None:  # in a forked child
+            return super()._append(append, deadline_ns)
+        rc = -errno.EINTR
+        try:
+            while rc == -errno.EINTR:
+                look_ns = time.monotonic_ns() + _LOOK_NS
+                if deadline_ns != wait.FOREVER:
+                    look_ns = min(look_ns, deadline_ns)
+                rc = lib.ik_log_append(self.native, append, look_ns)
+                if rc == -errno.ETIMEDOUT and look_ns != deadline_ns:
+                    self.supervise()
+                    rc = -errno.EINTR
+        finally:
+            lib.ik_log_abandon(self.native, append)
+        check(rc, self.path)
+
+    def stats(self) -> LogStats:
+        """The counters of this moment, over all writers. Raises: Closed."""
+        self.logger  # noqa: B018 - raises unless open and the supervisor's
+        counters = ffi.new("ik_log_counters *")
+        lib.ik_log_read_counters(self.native, counters)
+        return LogStats(
+            messages=counters.messages,
+            bytes=counters.bytes,
+            backlog=check(lib.ik_log_backlog(self.native), self.path),
+            restarts=self.restarts,
+            torn=counters.torn + self._torn_at_open,
+            error=counters.error,
+            sync_error=counters.sync_error,
+        )
+
+    def close(self, *, timeout: float | None = 10.0) -> None:
+        """Wait until all that was appended is in the file and synced, end the logger, close.
+
+        Block until every other writer has ended too, *timeout* seconds at the most. A second call does
+        nothing. In a forked child: end only the child's own use, at once.
+
+        Raises: TimeoutError (ETIMEDOUT) saying how many bytes were not written and why; OSError if
+            the last fdatasync failed. The log is closed all the same.
+        """
+        if self.closed or self._logger is None:
+            return super().close()
+        self._forget("writer")
+        try:
+            self._drain(wait.deadline(timeout))
+        finally:
+            self._logger.close()
+            self._logger = None
+            super().close()
+
+    def _drain(self, deadline_ns: int) -> None:
+        assert self._logger is not None
+        while True:
+            try:
+                status = self._logger.wait(wait.remaining(deadline_ns))
+            except TimeoutError:
+                self._give_up()
+            if status.exited:
+                return check(-(status.code or 0), self.path) and None
+            self._logger.close()
+            self._logger = self._start_logger()
+            self.restarts += 1
+
+    def _give_up(self) -> None:
+        assert self._logger is not None
+        counters = ffi.new("ik_log_counters *")
+        lib.ik_log_read_counters(self.native, counters)
+        self._logger.kill()
+        self._logger.wait()
+        left = lib.ik_log_backlog(self.native)
+        why = os.strerror(counters.error) if counters.error else "writers still have it open"
+        raise TimeoutError(
+            errno.ETIMEDOUT, f"the log was not finished: {why}; {left} bytes not written", self.path
+        )
+
+    def _after_fork(self) -> None:
+        """In a forked child: keep what appending needs. With the reader kept, a lost logger would go unseen;
+        with the file, its lock would outlive the supervisor."""
+        if self._logger is not None:
+            self._logger.close()
+            self._logger = None
+        self._forget("reader", "file")
+
+
+_logs: "weakref.WeakSet[MessageLog]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for log in _logs:
+        log._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def records(
+    path: "str | os.PathLike[str]", *, on_torn: Callable[[int, bytes], object] | None = None
+) -> Iterator[Record]:
+    """The messages of a log in record format, in order; the file may grow meanwhile.
+
+    Lines that are no whole record (a writer was killed in the middle of a message longer than
+    PIPE_BUF, power was lost) are passed over; *on_torn* is called with their line number and bytes.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            record = _parse(line)
+            if record is not None:
+                yield record
+            elif line != b"\n" and on_torn is not None:
+                on_torn(number, line)
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        fields = json.loads(line)
+        if "text" in fields:
+            data = fields["text"].encode()
+        else:
+            data = base64.b64decode(fields["base64"], validate=True)
+        whole = len(data) == fields["length"]
+        return Record(fields["time"], fields["peer"], fields.get("connection", 0), data) if whole else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,619 @@
+import errno
+import json
+import os
+import random
+import resource
+import select
+import signal
+import stat
+import threading
+import time
+
+import pytest
+from conftest import eventually
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ipckit
+from ipckit.messagelog import LogWriter, MessageLog, records
+
+PIPE_BUF = select.PIPE_BUF
+
+
+def content(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def stop(child):
+    """SIGSTOP, and wait until it stands."""
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+
+
+def append_lines(ready, log, name, count, size):
+    """A writer: numbered lines; it tells after each one that append() returned, in a file of its own."""
+    with open(f"{log.path}.{name}", "ab", buffering=0) as returned:
+        ready()
+        for number in range(count):
+            log.append(b"%s %d " % (name.encode(), number) + b"x" * size + b"\n")
+            returned.write(b".")
+
+
+def returned(log, name):
+    return os.path.getsize(f"{log.path}.{name}")
+
+
+# --- what it does --------------------------------------------------------------------------------
+
+
+def test_the_raw_file_is_the_bytes(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+        for data in (b"one\n", bytearray(b"\0\xff"), memoryview(b"three"), b""):
+            log.append(data)
+        assert log.stats().messages == 4
+    assert content(path) == b"one\n\0\xffthree"
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_it_appends_to_what_is_there(tmp_path):
+    path = tmp_path / "log"
+    for text in (b"first\n", b"second\n"):
+        with MessageLog(path) as log:
+            log.append(text)
+    assert content(path) == b"first\nsecond\n"
+
+
+def test_umask_does_not_open_it_to_others(tmp_path):
+    former = os.umask(0)
+    try:
+        MessageLog(tmp_path / "log").close()
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE(os.stat(tmp_path / "log").st_mode) == 0o600
+
+
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_each_level_holds_what_it_says(tmp_path, durability):
+    path = tmp_path / "log"
+    with MessageLog(path, durability=durability) as log:
+        for number in range(50):
+            log.append(b"%d\n" % number)
+            if durability != "none":
+                assert content(path).endswith(b"\n%d\n" % number if number else b"0\n"), (
+                    "not acknowledged before"
+                )
+    assert content(path) == b"".join(b"%d\n" % number for number in range(50))
+
+
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_many_processes_and_long_messages_stay_whole(tmp_path, forked, durability):
+    path = tmp_path / "log"
+    count = 40
+    sizes = {"a": 10, "b": PIPE_BUF, "c": 30_000, "d": 200_000}
+    with MessageLog(path, durability=durability, capacity=65536) as log:
+        writers = [forked(append_lines, log, name, count, size) for name, size in sizes.items()]
+        assert [writer.wait() for writer in writers] == [0] * 4
+    lines = content(path).splitlines()
+    for name, size in sizes.items():
+        mine = [line for line in lines if line.startswith(name.encode() + b" ")]
+        assert mine == [b"%s %d " % (name.encode(), n) + b"x" * size for n in range(count)]
+    assert len(lines) == count * len(sizes)
+
+
+def test_threads_append_whole_messages(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+
+        def work(name):
+            for number in range(200):
+                log.append(b"%d %d " % (name, number) + b"y" * 9000 + b"\n")
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    lines = content(path).splitlines()
+    assert len(lines) == 800
+    assert {len(line.split()[2]) for line in lines} == {9000}
+
+
+def _spawned(writer):
+    assert type(writer) is LogWriter
+    writer.append(b"from a spawned child\n", peer="spawn")
+    writer.close()
+
+
+def test_it_pickles_to_a_spawned_child(tmp_path):
+    path = tmp_path / "log"
+    script = tmp_path / "spawning.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "from ipckit.messagelog import MessageLog\n"
+        "def work(writer):\n"
+        "    writer.append(b'from a spawned child\\n')\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    with MessageLog(sys.argv[1], durability='written') as log:\n"
+        "        child = context.Process(target=work, args=(log,))\n"
+        "        child.start(); child.join()\n"
+        "        assert child.exitcode == 0\n"
+    )
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, "-W", "error", str(script), str(path)], check=True, timeout=50)
+    assert content(path) == b"from a spawned child\n"
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def test_records_come_back(tmp_path):
+    path = tmp_path / "log"
+    before = time.time()
+    with MessageLog(path, format="record") as log:
+        log.append(b"hello\n", peer="127.0.0.1:5000", connection=7)
+        log.append(b"\xff\0binary")
+    first, second = records(path)
+    assert (first.peer, first.connection, first.data) == ("127.0.0.1:5000", 7, b"hello\n")
+    assert before - 1 <= first.time <= second.time <= time.time() + 1
+    assert (second.peer, second.connection, second.data) == ("", 0, b"\xff\0binary")
+    shown = json.loads(content(path).splitlines()[0])
+    assert shown["text"] == "hello\n"
+    assert shown["length"] == 6
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    messages=st.lists(
+        st.binary(max_size=300)
+        | st.text(max_size=200).map(str.encode)
+        | st.binary(min_size=4000, max_size=9000)
+    ),
+    peer=st.text(max_size=20),
+)
+def test_any_message_is_one_printable_line_and_comes_back(tmp_path_factory, messages, peer):
+    path = tmp_path_factory.mktemp("log") / "log"
+    with MessageLog(path, format="record") as log:
+        for data in messages:
+            log.append(data, peer=peer)
+    assert [record.data for record in records(path)] == messages
+    raw = content(path)
+    assert raw.count(b"\n") == len(messages)
+    assert raw.decode().replace("\n", "x").isprintable() or not any(
+        ord(c) < 0x20 or 0x7F <= ord(c) < 0xA0 for c in raw.decode() if c != "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b'x"}\n{"time":0,"peer":"root","length":1,"text":"y"}\n',
+        b"\x1b[2J\x7f",
+        "\x9b2J".encode(),
+        b"\0",
+        b"\xed\xa0\x80",
+    ],
+)
+def test_a_message_can_not_forge_a_record(tmp_path, forged):
+    path = tmp_path / "log"
+    with MessageLog(path, format="record") as log:
+        log.append(forged, peer=forged.decode("latin-1"))
+    assert content(path).count(b"\n") == 1
+    assert not {*content(path)[:-1]} & {*range(0x20), 0x7F}
+    assert [record.data for record in records(path)] == [forged]
+
+
+def test_pieces_of_a_server_are_never_longer_than_an_atomic_write(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path, format="record") as log:
+        for data in (os.urandom(2880), b"\0" * 2880, b"\n" * 2880, "é".encode() * 1440):
+            log.append(
+                data, peer="[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff%interface0]:65535", connection=2**63
+            )
+    assert all(len(line) < PIPE_BUF for line in content(path).splitlines())
+
+
+def test_a_torn_tail_is_closed_and_counted(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path, format="record") as log:
+        log.append(b"whole")
+    with open(path, "ab") as file:
+        file.write(b'{"time":1.0,"peer":"","length":9,"te')
+    with MessageLog(path, format="record") as log:
+        assert log.stats().torn == 1
+        log.append(b"after")
+    torn = []
+    assert [r.data for r in records(path, on_torn=lambda *where: torn.append(where))] == [b"whole", b"after"]
+    assert torn == [(2, b'{"time":1.0,"peer":"","length":9,"te\n')]
+
+
+def test_a_writer_killed_in_the_middle_of_a_long_message_is_marked(tmp_path, forked):
+    path = tmp_path / "log"
+    with MessageLog(path, format="record", capacity=4096) as log:
+        stop(log.logger)  # the pipe fills, so the writer stops half-way
+
+        def write(ready):
+            ready()
+            log.append(os.urandom(300_000))
+
+        writer = forked(write)
+        writer.wait_ready()
+        eventually(lambda: log.stats().backlog >= 4096)
+        writer.kill()
+        writer.wait()
+        log.logger.send_signal(signal.SIGCONT)
+        log.append(b"the next one")
+        assert log.stats().torn == 1
+    torn = []
+    assert [r.data for r in records(path, on_torn=lambda *where: torn.append(where))] == [b"the next one"]
+    assert len(torn) == 1
+
+
+# --- the logger dies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_killed_loggers_lose_double_and_reorder_nothing(tmp_path, forked, durability):
+    path = tmp_path / "log"
+    count = {"none": 30_000, "written": 3000, "synced": 600}[durability]
+    with MessageLog(path, durability=durability) as log:
+        writers = [forked(append_lines, log, name, count, 60) for name in ("a", "b")]
+        for writer in writers:
+            writer.wait_ready()
+        chance = random.Random(7)
+        kills = 0
+        while any(returned(log, name) < count for name in ("a", "b")):
+            time.sleep(0.01 + chance.random() * 0.01)  # a hundred restarts a second are the limit
+            log.logger.kill()
+            log.logger.wait()
+            kills += 1
+            assert log.supervise()
+        assert [writer.wait() for writer in writers] == [0, 0]
+        assert log.restarts == kills >= 3
+    lines = content(path).splitlines()
+    assert len(lines) == 2 * count
+    for name in (b"a", b"b"):
+        assert [int(line.split()[1]) for line in lines if line.startswith(name)] == [*range(count)]
+
+
+def test_append_and_close_replace_a_dead_logger(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path, capacity=4096) as log:
+        log.logger.kill()
+        for _ in range(20):
+            log.append(b"z" * 1000)  # more than the pipe holds
+        log.append(b"end")
+        assert log.restarts == 1
+        log.logger.kill()
+    assert content(path) == b"z" * 20_000 + b"end"
+
+
+def test_its_descriptor_tells_that_the_logger_died(tmp_path):
+    with MessageLog(tmp_path / "log") as log:
+        assert select.select([log], [], [], 0)[0] == []
+        log.logger.kill()
+        assert select.select([log], [], [], 20)[0] == [log]
+        assert log.supervise()
+        assert select.select([log], [], [], 0)[0] == []
+        assert not log.supervise()
+
+
+def test_a_logger_that_always_dies_is_not_restarted_for_ever(tmp_path):
+    with MessageLog(tmp_path / "log") as log:
+        log._recent = [time.monotonic() + 100] * 100  # a hundred deaths "now", however slow this machine
+        log.logger.kill()
+        log.logger.wait()
+        with pytest.raises(
+            RuntimeError, match=r"the logger of .*log died 101 times in a second: killed by SIGKILL"
+        ):
+            log.supervise()
+        log._recent.clear()
+
+
+def test_the_logger_writes_the_rest_when_the_supervisor_is_killed(tmp_path, forked):
+    path = tmp_path / "log"
+    told, tell = os.pipe()
+
+    def supervise(ready):
+        log = MessageLog(path)
+        stop(log.logger)
+        for number in range(1000):
+            log.append(b"%d\n" % number)
+        os.write(tell, b"%d" % log.logger.pid)
+        ready()
+        signal.pause()
+
+    supervisor = forked(supervise)
+    supervisor.wait_ready()
+    logger = os.pidfd_open(int(os.read(told, 20)))
+    supervisor.kill()
+    supervisor.wait()
+    signal.pidfd_send_signal(logger, signal.SIGCONT)
+    assert select.select([logger], [], [], 20)[0], "the logger never ended"
+    for fd in (logger, told, tell):
+        os.close(fd)
+    assert content(path) == b"".join(b"%d\n" % number for number in range(1000))
+
+
+def test_the_logger_holds_nothing_but_what_it_needs(tmp_path):
+    extra = os.open("/dev/null", os.O_RDONLY)
+    with MessageLog(tmp_path / "log") as log:
+        folder = f"/proc/{log.logger.pid}/fd"
+        eventually(lambda: len(os.listdir(folder)) == 6)
+        links = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if int(name) > 2}
+        assert {link.split(":")[0] for link in links} == {str(tmp_path / "log"), "pipe", "anon_inode"}
+    os.close(extra)
+
+
+# --- full disks, broken disks --------------------------------------------------------------------
+
+
+def limited_log(ready, path, durability, tell, go):
+    """A log whose file may not grow beyond 20,000 bytes until the limit is lifted."""
+    log = MessageLog(path, durability=durability, capacity=4096)
+    logger = log.logger.pid
+    resource.prlimit(logger, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    ready()
+    os.write(tell, b"%d\n" % logger)
+    for number in range(3000):
+        log.append(b"%9d\n" % number)
+    stats = log.stats()
+    assert stats.restarts == 0
+    log.close()
+    os.read(go, 1)
+
+
+@pytest.mark.parametrize("durability", ["none", "written"])
+def test_a_full_file_pauses_and_keeps(tmp_path, forked, durability):
+    path = tmp_path / "log"
+    told, tell = os.pipe()
+    held, go = os.pipe()
+    child = forked(limited_log, path, durability, tell, held)
+    child.wait_ready()
+    logger = int(os.read(told, 20))
+    eventually(lambda: path.exists() and os.path.getsize(path) == 20_000)
+    assert select.select([child._told], [], [], 0.2)[0] == [], "the writer waits"
+    resource.prlimit(logger, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    os.write(go, b".")
+    assert child.wait() == 0
+    assert content(path) == b"".join(b"%9d\n" % number for number in range(3000))
+    for fd in (told, tell, held, go):
+        os.close(fd)
+
+
+def test_a_full_disk_at_the_end_is_an_error_that_counts_the_rest(tmp_path):
+    path = tmp_path / "log"
+    log = MessageLog(path)
+    resource.prlimit(log.logger.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    log.append(b"x" * 5000)
+    eventually(lambda: log.stats().error == errno.EFBIG)
+    with pytest.raises(TimeoutError, match="File too large; 4000 bytes not written") as caught:
+        log.close(timeout=0.3)
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert caught.value.filename == str(path)
+    assert log.closed
+    assert content(path) == b"x" * 1000
+
+
+def test_append_times_out_on_a_full_disk_and_appends_nothing(tmp_path):
+    path = tmp_path / "log"
+    log = MessageLog(path, capacity=4096)
+    stop(log.logger)
+    log.append(b"x" * 4096)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match="log") as caught:
+        log.append(b"late", timeout=0.25)
+    assert 0.25 <= time.monotonic() - start < 10
+    assert caught.value.errno == errno.ETIMEDOUT
+    log.logger.send_signal(signal.SIGCONT)
+    log.close()
+    assert content(path) == b"x" * 4096
+
+
+def test_a_real_full_file_system(tmp_path, forked):
+    """A tmpfs of 256 KiB in a mount namespace of the child's own."""
+
+    def fill(ready):
+        if not _own_tmpfs(tmp_path):
+            raise SystemExit(77)
+        path = tmp_path / "log"
+        ballast = tmp_path / "ballast"
+        ballast.write_bytes(bytes(200_000))
+        log = MessageLog(path)
+        for number in range(20_000):
+            log.append(b"%9d\n" % number)
+        eventually(lambda: log.stats().error == errno.ENOSPC)
+        log.append(b"while it is full\n")
+        ballast.unlink()
+        log.close(timeout=20)
+        assert content(path) == b"".join(b"%9d\n" % n for n in range(20_000)) + b"while it is full\n"
+
+    child = forked(fill)
+    if child.wait() == 77:
+        pytest.skip("no mount namespace to be had")
+    assert child.wait() == 0
+
+
+def _own_tmpfs(path):
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    clone_newns, clone_newuser, ms_rec_private = 0x20000, 0x10000000, 0x44000
+    if libc.unshare(clone_newns) and libc.unshare(clone_newuser | clone_newns):
+        return False
+    libc.mount(b"none", b"/", None, ms_rec_private, None)
+    return libc.mount(b"tmpfs", str(path).encode(), b"tmpfs", 0, b"size=256k") == 0
+
+
+# --- refusals and misuse -------------------------------------------------------------------------
+
+
+def refused(path, kind, number, message=None, **options):
+    with pytest.raises(kind, match=message) as caught:
+        MessageLog(path, **options)
+    assert caught.value.errno == number
+    assert caught.value.filename == str(path)
+
+
+def test_links_pipes_and_folders_are_refused_and_left_alone(tmp_path):
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    (tmp_path / "symlink").symlink_to(target)
+    refused(tmp_path / "symlink", OSError, errno.ELOOP, "must not be a symbolic link")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    refused(tmp_path / "dangling", OSError, errno.ELOOP, "symbolic link")
+    os.link(target, tmp_path / "hardlink")
+    refused(tmp_path / "hardlink", OSError, errno.EMLINK, "not 2 links")
+    os.mkfifo(tmp_path / "fifo")
+    refused(tmp_path / "fifo", OSError, errno.EINVAL, "must be a regular file")
+    refused(tmp_path, IsADirectoryError, errno.EISDIR)
+    assert target.read_bytes() == b"precious"
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_devices_missing_folders_and_strangers_files_are_refused(tmp_path, forked):
+    refused("/dev/null", OSError, errno.EINVAL, "regular file")
+    refused(tmp_path / "no" / "log", FileNotFoundError, errno.ENOENT)
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a file that belongs to somebody else")
+    path = tmp_path / "theirs"
+    path.write_bytes(b"")
+    os.chown(path, 12345, 12345)
+    refused(path, PermissionError, errno.EPERM, "belongs to user 12345")
+
+    def as_nobody(ready):
+        os.setuid(65534)
+        try:
+            MessageLog("/ipckit-test-log")
+        except PermissionError as error:
+            assert error.errno == errno.EACCES
+            return
+        raise AssertionError("opened")
+
+    assert forked(as_nobody).wait() == 0
+
+
+def test_a_second_log_on_the_same_file_is_refused(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path):
+        refused(path, BlockingIOError, errno.EWOULDBLOCK, "another process writes this log")
+    MessageLog(path).close()
+
+
+def test_bad_options_name_the_value(tmp_path):
+    with pytest.raises(ValueError, match="format must be one of raw, record, not 'json'"):
+        MessageLog(tmp_path / "log", format="json")
+    with pytest.raises(ValueError, match="durability must be one of none, written, synced, not 'very'"):
+        MessageLog(tmp_path / "log", durability="very")
+    assert not (tmp_path / "log").exists()
+
+
+def test_after_close(tmp_path):
+    log = MessageLog(tmp_path / "log")
+    log.close()
+    log.close()
+    assert log.closed
+    for use in (lambda: log.append(b"x"), log.stats, log.fileno, log.supervise):
+        with pytest.raises(ipckit.Closed, match="log .*log is closed"):
+            use()
+
+
+def test_not_bytes(tmp_path):
+    for format in ("raw", "record"):
+        with MessageLog(tmp_path / format, format=format) as log:
+            with pytest.raises(TypeError):
+                log.append("text")
+            log.append(b"fine")
+
+
+def test_a_child_can_not_supervise_and_closes_only_its_own(tmp_path, forked):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+
+        def work(ready):
+            with pytest.raises(RuntimeError, match=f"process {os.getpid()} is not the supervisor"):
+                log.supervise()
+            log.append(b"child\n")
+            log.close()
+            assert log.closed
+
+        assert forked(work).wait() == 0
+        log.append(b"parent\n")
+    assert content(path) == b"child\nparent\n"
+
+
+def test_close_waits_for_the_other_writers_but_not_for_ever(tmp_path, forked):
+    log = MessageLog(tmp_path / "log")
+
+    def hold(ready):
+        ready()
+        signal.pause()
+
+    holder = forked(hold)
+    holder.wait_ready()
+    with pytest.raises(TimeoutError, match="writers still have it open; 0 bytes not written"):
+        log.close(timeout=0.2)
+
+
+def test_without_logger_and_supervisor_a_writer_is_told(tmp_path, forked):
+    told, tell = os.pipe()
+
+    def supervise(ready):
+        log = MessageLog(tmp_path / "log", durability="written")
+        if os.fork() == 0:
+            os.read(told, 1)
+            try:
+                log.append(b"x")
+            except BrokenPipeError as error:
+                os._exit(0 if error.filename == log.path else 3)
+            os._exit(2)
+        log.logger.kill()
+        log.logger.wait()
+        ready()
+        signal.pause()
+
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    pr_set_child_subreaper = 36
+    libc.prctl(pr_set_child_subreaper, 1)
+    try:
+        supervisor = forked(supervise)
+        supervisor.wait_ready()
+        supervisor.kill()
+        supervisor.wait()
+        os.write(tell, b".")
+        _, status = os.wait()
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        libc.prctl(pr_set_child_subreaper, 0)
+        os.close(told)
+        os.close(tell)
+
+
+def test_an_exception_of_a_handler_gives_the_message_up(tmp_path):
+    log = MessageLog(tmp_path / "log", capacity=4096)
+    stop(log.logger)
+
+    def give_up(*_):
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, signal.SIG_IGN), signal.signal(signal.SIGUSR1, give_up)
+    timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            log.append(b"y" * 50_000)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGALRM, former[0])
+        signal.signal(signal.SIGUSR1, former[1])
+    log.logger.send_signal(signal.SIGCONT)
+    log.append(b"|after")
+    assert log.stats().torn == 1
+    log.close()
+    assert content(tmp_path / "log").endswith(b"y|after")
