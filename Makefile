@@ -15,7 +15,10 @@ CTESTS = $(patsubst tests/c/%.c,build/tests/%,$(wildcard tests/c/test_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: test ctest csrc cbench lint format docs matrix clean
+.PHONY: demo test proof bench-server bench-streams ctest csrc cbench lint format docs matrix clean
+
+demo: $(VENV)/.built
+	$(BIN)/ipckit demo
 
 test: $(VENV)/.built-dev ctest cbench
 	$(BIN)/python -m pytest -q $(PYTEST)
@@ -78,6 +81,12 @@ lint: $(VENV)/.built-dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c $(wildcard bench/c/*.c)
+
+proof: $(VENV)/.built-dev ctest
+	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s -m proof $(PYTEST)
+
+bench-server bench-streams: bench-%: $(VENV)/.built-dev cbench
+	$(BIN)/python bench/bench_$*.py $(BENCH)
 
 matrix:
 	@for python in $$(.ci/pythons); do \

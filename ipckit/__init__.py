@@ -6,11 +6,34 @@ The rooms, lowest first; each imports only from those before it:
     errors      Closed, PeerDied, Corrupt; every other error is the OSError that errno means
     wait        timeouts as one deadline per operation; waiting for a descriptor
     vectored    readv, writev and variants that move everything
+    signals     sigaction with its flags and siginfo, signals by descriptor, sigqueue
+    process     fork, children held by a pidfd, the reaper
+    messagelog  many writers, one pipe, a logger child, a file
+    servers     the echo server (a process per connection) and the split client
+    cli         ipckit serve, client, demo
 """
 
 from ipckit.errors import Closed as Closed
 from ipckit.errors import Corrupt as Corrupt
 from ipckit.errors import PeerDied as PeerDied
+from ipckit.messagelog import LogStats as LogStats
+from ipckit.messagelog import LogWriter as LogWriter
+from ipckit.messagelog import MessageLog as MessageLog
+from ipckit.messagelog import Record as Record
+from ipckit.messagelog import records as records
+from ipckit.process import Child as Child
+from ipckit.process import ExitStatus as ExitStatus
+from ipckit.process import Reaper as Reaper
+from ipckit.process import die_with_parent as die_with_parent
+from ipckit.process import fork as fork
+from ipckit.process import fork_native as fork_native
+from ipckit.process import wait_any as wait_any
+from ipckit.signals import SigInfo as SigInfo
+from ipckit.signals import SignalQueue as SignalQueue
+from ipckit.signals import blocked as blocked
+from ipckit.signals import pending as pending
+from ipckit.signals import sigaction as sigaction
+from ipckit.signals import sigqueue as sigqueue
 from ipckit.vectored import preadv as preadv
 from ipckit.vectored import pwritev as pwritev
 from ipckit.vectored import readv as readv

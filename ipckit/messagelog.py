@@ -37,7 +37,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import reduction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
 from ipckit._native import ffi, lib
@@ -186,9 +186,9 @@ class LogWriter:
 
         Args: data: bytes-like. peer, connection: who sent it, for the record format. timeout: seconds
             for the whole; None waits for ever, which a full disk can make long.
-        Raises: TimeoutError (ETIMEDOUT): in the log once or not at all; BrokenPipeError (EPIPE): neither logger
-            nor supervisor lives; OSError EIO, ENOSPC, ...: fdatasync failed, now or earlier, so nothing can
-            be promised as "synced" any more; Closed.
+        Raises: TimeoutError (ETIMEDOUT): in the log once or not at all; BrokenPipeError (EPIPE): neither
+            logger nor supervisor lives; OSError EIO, ENOSPC, ...: fdatasync failed, now or earlier, so
+            nothing can be promised as "synced" any more; Closed.
         Signals: their Python handlers run in between; one that raises gives the message up.
         """
         if self.closed:
@@ -231,6 +231,10 @@ class LogWriter:
                 setattr(self.native, name, -1)
             if fd >= 0:
                 os.close(fd)
+
+    def _close_all(self) -> None:
+        while self._own:
+            os.close(self._own.popitem()[1])
 
     def __enter__(self) -> "Self":
         return self
@@ -304,7 +308,7 @@ class MessageLog(LogWriter):
         self._owner = os.getpid()
         with contextlib.ExitStack() as undo:
             self._own = {"file": _open_file(self.path)}
-            undo.callback(lambda: [os.close(fd) for fd in self._own.values()])
+            undo.callback(self._close_all)
             self._torn_at_open = _end_torn_tail(self._own["file"], self.path) if format == "record" else 0
             self._own["reader"], self._own["writer"] = _pipe(capacity)
             self._own["wake"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -325,7 +329,10 @@ class MessageLog(LogWriter):
 
     @property
     def logger(self) -> Child:
-        """The logger child of this moment. Raises: Closed; RuntimeError in a process that is not the supervisor."""
+        """The logger child of this moment.
+
+        Raises: Closed; RuntimeError in a process that is not the supervisor.
+        """
         if self.closed:
             raise Closed(f"the log {self.path} is closed")
         if self._logger is None:
@@ -359,7 +366,8 @@ class MessageLog(LogWriter):
 
     def _append(self, append: Any, deadline_ns: int) -> None:
         if self._logger is None:  # in a forked child
-            return super()._append(append, deadline_ns)
+            super()._append(append, deadline_ns)
+            return
         rc = -errno.EINTR
         try:
             while rc == -errno.EINTR:
@@ -399,7 +407,8 @@ class MessageLog(LogWriter):
             the last fdatasync failed. The log is closed all the same.
         """
         if self.closed or self._logger is None:
-            return super().close()
+            super().close()
+            return
         self._forget("writer")
         try:
             self._drain(wait.deadline(timeout))
@@ -416,12 +425,13 @@ class MessageLog(LogWriter):
             except TimeoutError:
                 self._give_up()
             if status.exited:
-                return check(-(status.code or 0), self.path) and None
+                check(-(status.code or 0), self.path)
+                return
             self._logger.close()
             self._logger = self._start_logger()
             self.restarts += 1
 
-    def _give_up(self) -> None:
+    def _give_up(self) -> NoReturn:
         assert self._logger is not None
         counters = ffi.new("ik_log_counters *")
         lib.ik_log_read_counters(self.native, counters)

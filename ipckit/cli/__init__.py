@@ -1,2 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The command line: ``ipckit``."""
+"""The command line: ``ipckit serve``, ``ipckit client``, ``ipckit demo``.
+
+Status 0: done; 1: it could not be done, one line on standard error says why; 2: wrong usage.
+"""
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    try:
+        from ipckit.cli import commands
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("click", "rich"):
+            raise
+        sys.exit(f"the command line needs {missing.name}: install ipckit-unix[cli]")
+    commands.group(prog_name="ipckit")

@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: MIT */
+#include "echo.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/sockios.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+#include "process.h"
+#include "wait.h"
+
+/* A record of so many bytes is, as base64 with its head, no longer than PIPE_BUF. */
+enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880, LINGER_NS = 500000000 };
+
+static int stopping_socket;
+static volatile sig_atomic_t stopping;
+
+/* shutdown(2) is async-signal-safe, and ends a read that has begun as well as the next one: there
+ * is no moment at which SIGTERM could be missed. What has come already is still read. */
+static void stop(int signum) {
+    (void)signum;
+    int saved = errno;
+    stopping = 1;
+    shutdown(stopping_socket, SHUT_RD);
+    errno = saved;
+}
+
+static void take_signals(int socket) {
+    stopping_socket = socket;
+    struct sigaction action = {.sa_handler = stop};
+    sigaction(SIGTERM, &action, NULL);
+    signal(SIGINT, SIG_IGN); /* a terminal's Ctrl-C is for the server, which then sends SIGTERM */
+    signal(SIGPIPE, SIG_IGN);
+    sigset_t term;
+    sigemptyset(&term);
+    sigaddset(&term, SIGTERM);
+    ik_process_unblock();
+    sigprocmask(SIG_UNBLOCK, &term, NULL); /* the server itself may take it through a signalfd */
+}
+
+static void limit_waits(int socket, int64_t idle_ns) {
+    if (idle_ns <= 0)
+        return;
+    struct timeval idle = {idle_ns / 1000000000, idle_ns % 1000000000 / 1000};
+    setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
+    setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &idle, sizeof idle);
+}
+
+static ssize_t receive(int socket, char *block, size_t most) {
+    ssize_t n;
+    do
+        n = recv(socket, block, most, 0);
+    while (n < 0 && errno == EINTR);
+    return n;
+}
+
+static int log_piece(ik_echo *echo, const char *piece, size_t len) {
+    char line[PIPE_BUF + 512];
+    ik_append append = {.data = piece, .len = len};
+    if (echo->log->format == IK_LOG_RECORD) {
+        append.len = ik_log_format_record(line, piece, len, echo->peer, echo->connection);
+        append.data = line;
+    }
+    int rc;
+    do
+        rc = ik_log_append(echo->log, &append, IK_FOREVER);
+    while (rc == -EINTR);
+    return rc;
+}
+
+static int send_back(int socket, const char *piece, size_t len) {
+    while (len > 0) {
+        ssize_t n = send(socket, piece, len, MSG_NOSIGNAL);
+        if (n < 0 && errno != EINTR)
+            return errno == EAGAIN ? IK_ECHO_NOT_READ : IK_ECHO_RESET;
+        if (n > 0) {
+            piece += n;
+            len -= (size_t)n;
+        }
+    }
+    return IK_ECHO_DONE;
+}
+
+static int serve(ik_echo *echo) {
+    char block[RAW_PIECE];
+    size_t most = echo->log && echo->log->format == IK_LOG_RECORD ? RECORD_PIECE : RAW_PIECE;
+    for (;;) {
+        ssize_t n = receive(echo->socket, block, most);
+        if (n == 0)
+            return IK_ECHO_DONE;
+        if (n < 0)
+            return errno == EAGAIN ? IK_ECHO_IDLE : IK_ECHO_RESET;
+        if (echo->log && log_piece(echo, block, (size_t)n) < 0)
+            return IK_ECHO_LOG_FAILED;
+        int end = send_back(echo->socket, block, (size_t)n);
+        if (end != IK_ECHO_DONE)
+            return end;
+        __atomic_fetch_add(&echo->counters->echoes, 1, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&echo->counters->bytes, (uint64_t)n, __ATOMIC_RELAXED);
+    }
+}
+
+/* Closing a socket with unread input sends a reset, which may overtake our last answer. So when we
+ * stop before the client did: no more answers, drop what still comes, until the client has all. */
+static void linger(int socket) {
+    char dropped[4096];
+    int unsent = 1;
+    shutdown(socket, SHUT_WR);
+    for (int64_t end = ik_wait_now() + LINGER_NS; unsent > 0 && ik_wait_now() < end;) {
+        while (recv(socket, dropped, sizeof dropped, MSG_DONTWAIT) > 0)
+            ;
+        if (ioctl(socket, SIOCOUTQ, &unsent) < 0)
+            return;
+        if (unsent > 0)
+            ik_wait_fd(-1, 0, ik_wait_now() + 1000000);
+    }
+}
+
+int ik_echo_run(void *argument) {
+    ik_echo *echo = argument;
+    take_signals(echo->socket);
+    limit_waits(echo->socket, echo->idle_ns);
+    int end = serve(echo);
+    if (stopping)
+        linger(echo->socket);
+    close(echo->socket);
+    return end;
+}

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""The demonstration: the message-logging echo server, real clients at once, and its log verified."""
+
+import os
+import signal
+import socket
+import time
+from collections import defaultdict
+
+from rich.console import Console
+from rich.table import Table
+
+from ipckit.messagelog import MessageLog
+from ipckit.process import Child, fork
+from ipckit.servers.fork import ForkServer, listen
+
+_FIRST_LINES = 8
+
+# {number of the client: the lines of it}
+Lines = dict[int, list[bytes]]
+
+
+def run(clients: int, messages: int, path: str) -> int:
+    """The whole demonstration; the exit status: 0 if the log holds what the clients sent."""
+    console = Console(highlight=False)
+    former = os.path.getsize(path) if os.path.exists(path) else 0
+    listener = listen()
+    address = listener.getsockname()
+    console.print(f"echo server on {address[0]}:{address[1]}, a process per connection, log {path}")
+    with fork(_serve, listener, path) as server:
+        listener.close()
+        start = time.perf_counter()
+        good = _drive(address, clients, messages)
+        seconds = time.perf_counter() - start
+        server.send_signal(signal.SIGTERM)
+        stopped = server.wait(30)
+    logged = _logged(path, former)
+    verified = _verify(logged, clients, messages)
+    _show(console, clients, messages, seconds)
+    _show_lines(console, path, former)
+    console.print(f"clients that got every echo: {good} of {clients}")
+    console.print(f"clients found whole and in order in {path}: {verified} of {clients}")
+    console.print(f"server {stopped}")
+    fine = good == verified == clients and stopped.code == 0
+    console.print("[green]verified[/]" if fine else "[red]NOT verified[/]")
+    return 0 if fine else 1
+
+
+def _serve(listener: socket.socket, path: str) -> None:
+    with MessageLog(path) as log:
+        ForkServer(listener, log).serve()
+
+
+def _line(client: int, message: int) -> bytes:
+    return b"client %d message %d: hello through the pipe\n" % (client, message)
+
+
+def _drive(address: "tuple[str, int]", clients: int, messages: int) -> int:
+    """Run the clients at the same time; how many of them got back what they sent."""
+    running: list[Child] = [fork(_client, address, number, messages) for number in range(1, clients + 1)]
+    statuses = [child.wait() for child in running]
+    for child in running:
+        child.close()
+    return sum(status.code == 0 for status in statuses)
+
+
+def _client(address: "tuple[str, int]", number: int, messages: int) -> int:
+    with socket.create_connection(address) as connection, connection.makefile("rb") as answers:
+        for message in range(1, messages + 1):
+            line = _line(number, message)
+            connection.sendall(line)
+            if answers.readline() != line:
+                return 1
+        connection.shutdown(socket.SHUT_WR)
+        return 0 if answers.read() == b"" else 1
+
+
+def _logged(path: str, start: int) -> Lines:
+    lines: Lines = defaultdict(list)
+    with open(path, "rb") as log:
+        log.seek(start)
+        for line in log:
+            lines[int(line.split()[1])].append(line)
+    return lines
+
+
+def _verify(logged: Lines, clients: int, messages: int) -> int:
+    """How many clients' messages stand in the log whole, in order, once."""
+    expected = {
+        number: [_line(number, message) for message in range(1, messages + 1)]
+        for number in range(1, clients + 1)
+    }
+    return sum(logged[number] == lines for number, lines in expected.items())
+
+
+def _show(console: Console, clients: int, messages: int, seconds: float) -> None:
+    table = Table("clients at once", "messages each", "seconds", "echoes/s")
+    table.add_row(str(clients), f"{messages:,}", f"{seconds:.2f}", f"{clients * messages / seconds:,.0f}")
+    console.print(table)
+
+
+def _show_lines(console: Console, path: str, start: int) -> None:
+    console.print(f"first lines of this run in {path}:")
+    with open(path, "rb") as log:
+        log.seek(start)
+        for _ in range(_FIRST_LINES):
+            console.print("  " + log.readline().decode(errors="replace").rstrip(), markup=False)

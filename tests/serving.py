@@ -1,0 +1,150 @@
+"""A server as a user starts it, in a process of its own, and clients that check what comes back."""
+
+import contextlib
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from ipckit.messagelog import records
+
+
+class Served:
+    """``ipckit serve`` with *options* on a free port of loopback, logging to *path*."""
+
+    def __init__(self, path, *options, prefix=()):
+        self.path = Path(path)
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "ipckit",
+            "serve",
+            "--port",
+            "0",
+            "--log",
+            str(path),
+            *options,
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        readable, _, _ = select.select([self.process.stdout], [], [], 30)
+        assert readable, "the server said nothing"
+        line = self.process.stdout.readline()
+        found = re.search(r"listening on (.*):(\d+)", line)
+        assert found, line + self.process.stderr.read()
+        self.address = (found[1], int(found[2]))
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def connect(self):
+        return socket.create_connection(self.address, timeout=20)
+
+    def children(self):
+        """The living children, the logger among them, and the zombies."""
+        living, zombies = [], []
+        for task in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            for pid in task.read_text().split():
+                state = _state(pid)
+                (zombies if state in ("Z", "X", None) else living).append(int(pid))
+        return living, zombies
+
+    def logger(self):
+        """The child that has the log file open."""
+        for pid in self.children()[0]:
+            if str(self.path.absolute()) in _links(pid):
+                return pid
+        return None
+
+    def descriptors(self):
+        """What the server has open when it serves nobody (it serves somebody first)."""
+        with self.connect() as connection:
+            assert exchange(connection, b"\n") == b"\n"
+        end = time.monotonic() + 20
+        while self.children() != ([self.logger()], []):
+            assert time.monotonic() < end, "children left"
+            time.sleep(0.001)
+        return sorted(re.sub(r"\d+", "#", link) for link in _links(self.pid))
+
+    def stop(self, signum=signal.SIGTERM, timeout=30):
+        """Signal it; its exit status and what it printed at the end."""
+        self.process.send_signal(signum)
+        out, err = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out + err
+
+    def close(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _links(pid):
+    found = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def recv_exact(connection, size):
+    """*size* bytes, or fewer at end of file or reset."""
+    got = bytearray()
+    while len(got) < size:
+        try:
+            block = connection.recv(size - len(got))
+        except ConnectionResetError:
+            break
+        if not block:
+            break
+        got += block
+    return bytes(got)
+
+
+def exchange(connection, data):
+    """Send *data*, get as much back."""
+    connection.sendall(data)
+    return recv_exact(connection, len(data))
+
+
+def streams(path):
+    """What each connection sent, by its number, from a log in record format without a torn line."""
+    torn = []
+    found = defaultdict(bytearray)
+    for record in records(path, on_torn=lambda *where: torn.append(where)):
+        found[record.connection] += record.data
+    assert not torn, torn[:3]
+    return found
+
+
+def wait_gone(pids, timeout):
+    """Seconds until none of *pids* runs any more (zombies of a dead parent's heir count as gone)."""
+    start = time.monotonic()
+    while any(_state(pid) not in ("Z", "X", None) for pid in pids):
+        assert time.monotonic() - start < timeout, f"still there after {timeout} s: {pids}"
+        time.sleep(0.001)
+    return time.monotonic() - start

@@ -1,0 +1,185 @@
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from serving import Served
+
+CLIENT = [sys.executable, "-m", "ipckit", "client"]
+
+
+def run_client(address, text, timeout=40):
+    """The client with *text* on standard input: status, output, errors."""
+    done = subprocess.run(
+        [*CLIENT, address[0], str(address[1])], input=text, capture_output=True, timeout=timeout
+    )
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+@pytest.fixture
+def server(tmp_path):
+    with Served(tmp_path / "log") as served:
+        yield served
+
+
+def test_input_from_a_file_comes_back_whole(server, tmp_path):
+    text = b"".join(b"line %d\n" % number for number in range(20_000))
+    (tmp_path / "input").write_bytes(text)
+    with open(tmp_path / "input", "rb") as file:
+        done = subprocess.run(
+            [*CLIENT, *map(str, server.address)], stdin=file, capture_output=True, timeout=40
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == text
+
+
+def test_binary_input_and_a_last_line_without_its_end(server):
+    text = os.urandom(300_000).replace(b"\n", b"x") + b"\n\0\xff\nend"
+    assert run_client(server.address, text) == (0, text, "")
+
+
+@pytest.mark.parametrize("quit", [b"q\nnever sent\n", b"Q\nnever sent\n", b" Q\r\nnever sent\n", b"q"])
+def test_q_ends_the_sending_and_the_answer_still_comes(server, quit):
+    assert run_client(server.address, b"one\ntwo\n" + quit) == (0, b"one\ntwo\n", "")
+
+
+def test_no_input_at_all(server):
+    assert run_client(server.address, b"") == (0, b"", "")
+
+
+def test_typed_at_a_terminal_each_line_comes_back_at_once(server):
+    keyboard, terminal = pty.openpty()
+    client = subprocess.Popen([*CLIENT, *map(str, server.address)], stdin=terminal, stdout=subprocess.PIPE)
+    os.close(terminal)
+    try:
+        for line in (b"hello\n", b"again\n"):
+            os.write(keyboard, line)
+            assert select.select([client.stdout], [], [], 20)[0], "nothing came back"
+            assert os.read(client.stdout.fileno(), 100) == line
+        os.write(keyboard, b"q\n")
+        assert client.wait(20) == 0
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
+        os.close(keyboard)
+
+
+def server_with(behaviour):
+    """A listener, and in a forked child one connection handled by *behaviour*."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(ready):
+        ready()
+        connection, _ = listener.accept()
+        with connection:
+            behaviour(connection)
+
+    return listener, serve
+
+
+def test_when_the_server_closes_first_the_keyboard_process_goes_too(forked):
+    listener, serve = server_with(lambda connection: connection.sendall(b"bye\n"))
+    forked(serve).wait_ready()
+    keyboard, held = os.pipe()  # nothing is ever typed
+    client = subprocess.Popen(
+        [*CLIENT, *map(str, listener.getsockname())],
+        stdin=keyboard,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    out, _ = client.communicate(timeout=20)
+    assert (client.returncode, out) == (0, b"bye\n")
+    assert subprocess.run(["pgrep", "-s", str(client.pid)], capture_output=True).stdout == b""
+    for fd in (keyboard, held):
+        os.close(fd)
+    listener.close()
+
+
+def test_the_answer_after_the_half_close_still_comes(forked):
+    def answer_late(connection):
+        got = b""
+        while block := connection.recv(100):
+            got += block
+        connection.sendall(got[::-1])
+
+    listener, serve = server_with(answer_late)
+    forked(serve).wait_ready()
+    assert run_client(listener.getsockname(), b"abc\nq\n") == (0, b"\ncba", "")
+    listener.close()
+
+
+def test_a_reset_is_one_line(forked):
+    def reset(connection):
+        connection.recv(1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+    listener, serve = server_with(reset)
+    forked(serve).wait_ready()
+    status, out, errors = run_client(listener.getsockname(), b"x\n")
+    listener.close()
+    host, port = listener_name(errors)
+    assert (status, out) == (1, b"")
+    assert errors == f"Error: {host}:{port}: Connection reset by peer\n"
+
+
+def listener_name(errors):
+    return errors.split(": ")[1].rsplit(":", 1)
+
+
+def test_nobody_there_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    assert run_client(("127.0.0.1", port), b"x\n") == (
+        1,
+        b"",
+        f"Error: 127.0.0.1:{port}: Connection refused\n",
+    )
+
+
+def test_ctrl_c_ends_both_processes(server):
+    keyboard, held = os.pipe()
+    client = subprocess.Popen(
+        [*CLIENT, *map(str, server.address)],
+        stdin=keyboard, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    os.write(held, b"x\n")
+    assert client.stdout.readline() == b"x\n"
+    os.killpg(client.pid, signal.SIGINT)
+    out, errors = client.communicate(timeout=20)
+    assert (client.returncode, out, errors) == (130, b"", b"")
+    for fd in (keyboard, held):
+        os.close(fd)
+
+
+def test_a_reader_that_goes_away_is_one_line(server):
+    client = subprocess.Popen(
+        [*CLIENT, *map(str, server.address)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    client.stdout.close()
+    client.stdin.write(b"x\n")
+    client.stdin.flush()
+    assert client.wait(20) == 1
+    assert client.stderr.read().decode().count("\n") == 1
+    client.stdin.close()
+    client.stderr.close()
+
+
+def test_killing_the_keyboard_process_half_closes(server):
+    keyboard, held = os.pipe()
+    client = subprocess.Popen([*CLIENT, *map(str, server.address)], stdin=keyboard, stdout=subprocess.PIPE)
+    os.write(held, b"x\n")
+    assert client.stdout.readline() == b"x\n"
+    (child,) = subprocess.check_output(["pgrep", "-P", str(client.pid)]).split()
+    os.kill(int(child), signal.SIGKILL)
+    assert client.wait(20) == 0
+    client.stdout.close()
+    for fd in (keyboard, held):
+        os.close(fd)
