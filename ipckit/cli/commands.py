@@ -45,7 +45,7 @@ def group() -> None:
 @click.option("--log", "path", type=click.Path(dir_okay=False), default="echomsg.txt", show_default=True,
               help="The file that the logger child appends to.")  # fmt: skip
 @click.option("--format", type=click.Choice(["raw", "record"]), default="raw", show_default=True,
-              help="raw: the bytes as they came. record: a JSON line each, with time and peer.")  # fmt: skip
+              help="raw: the bytes as they came; record: a JSON line each.")  # fmt: skip
 @click.option("--durability", type=click.Choice(["none", "written", "synced"]), default="none",
               show_default=True, help="What an echo waits for: the log's pipe, the file, the disk.")  # fmt: skip
 @click.option("--max-children", type=click.IntRange(min=1), default=64, show_default=True,
