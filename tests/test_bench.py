@@ -1,4 +1,4 @@
-"""The C programs of bench/c, built by `make cbench`."""
+"""The C programs of bench/c, built by `make cbench`, and a smoke run of bench_server.py."""
 
 import json
 import os
@@ -6,10 +6,11 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, eventually
+from conftest import PATIENCE, children, eventually
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "build" / "bench"
@@ -247,3 +248,53 @@ def test_bad_arguments_are_refused(arguments, complaint, tmp_path):
     assert done.returncode == 2
     assert complaint in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_quick_run_of_bench_server_prints_the_table():
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "bench_server.py", "--quick"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {line[:30].strip(): line[30:].split() for line in done.stdout.splitlines()}
+    assert rows["C, fork"][1::2][:2] == ["1.00", "1.00"]
+    assert rows["C, fork"][-1] == "complete"
+    assert float(rows["socketserver.ForkingTCPServer"][3]) > 0
+    assert "ipckit, fork" in rows
+    for target in ("connections/s: target 0.5 x C", "echoes/s: target 0.95 x C"):
+        assert target in done.stdout
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def commands_with(text):
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and text in command_of(pid)]
+
+
+def test_an_interrupted_bench_server_stops_everything(tmp_path):
+    bench = subprocess.Popen(
+        [sys.executable, ROOT / "bench" / "bench_server.py", "--seconds", "60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    try:
+        loads = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+        eventually(lambda: any(b"bench/load" in command_of(pid) for pid in loads.read_text().split()))
+        assert commands_with(bytes(tmp_path)), "a server runs under the load"
+        bench.send_signal(signal.SIGINT)
+        out, err = bench.communicate(timeout=PATIENCE)
+    finally:
+        bench.kill()
+        bench.wait()
+    assert bench.returncode == 0
+    assert "interrupted; this is what was measured" in err
+    assert "C, fork" in out
+    assert not commands_with(bytes(tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert not children()
