@@ -306,8 +306,8 @@ def fork(
     If SIGCHLD is ignored (or SA_NOCLDWAIT set) the kernel would drop the child's status, so then its
     default action is set in this process.
 
-    Args: keep: the descriptors (or objects with ``fileno()``) that the child needs beside 0, 1 and 2;
-            None for all. The others are released: using one is OSError EBADF, but its number stays
+    Args: keep: the descriptors (or objects with ``fileno()``) that the child needs beside 0, 1, 2 and
+            those of sys.stdout and sys.stderr; None for all. The others are released: using one is OSError EBADF, but its number stays
             taken, so that an inherited object that closes "its" number later can't hit a new file.
         die_with_parent: the kernel kills the child when the thread that called this ends.
         handlers: signal number to function, ``SIG_DFL`` or ``SIG_IGN``.
@@ -318,7 +318,7 @@ def fork(
         locked there; CPython warns of that from 3.12 on. Fork before starting threads, or use
         fork_native(). See fork(2).
     """
-    kept = None if keep is None else set(map(_number, keep))
+    kept = None if keep is None else {*map(_number, keep), *_standard()}
     wanted = _checked(handlers or {})
     _flush()
     try:
@@ -347,6 +347,14 @@ def _number(fd: Descriptor) -> int:
     if number < 0:
         raise ValueError(f"a descriptor to keep must be >= 0, not {number}")
     return number
+
+
+def _standard() -> Iterator[int]:
+    """Standard input, output and error, and where they go when pytest or others have put them elsewhere."""
+    yield from (0, 1, 2)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # None; not a file; closed
+            yield stream.fileno()
 
 
 def _checked(handlers: Mapping[int, Handler]) -> dict[int, Handler]:
@@ -407,7 +415,7 @@ def _release_all_but(kept: set[int]) -> None:
     numbers = {int(name) for name in os.listdir("/proc/self/fd")}
     # O_PATH: every use but close() fails, as if the number were free.
     nothing = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
-    for number in numbers - kept - {0, 1, 2, nothing}:
+    for number in numbers - kept - {nothing}:
         os.dup2(nothing, number, inheritable=False)
     os.close(nothing)
 
