@@ -36,7 +36,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
@@ -253,6 +252,8 @@ class LogWriter:
     def __reduce__(self) -> "tuple[Any, ...]":
         if self.closed:
             raise Closed(f"the log {self.path} is closed")
+        from multiprocessing import reduction
+
         duplicates = [reduction.DupFd(self._own[name]) for name in ("writer", "wake", "memory")]
         return _rebuild, (self.path, self.format, self.durability, duplicates)
 

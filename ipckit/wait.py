@@ -6,16 +6,19 @@ operation starts. All that the operation does counts against it, so it bounds th
 each step. The clock is CLOCK_MONOTONIC: setting the wall clock changes nothing.
 """
 
-import asyncio
 import errno
 import os
 import select
 import time
+from typing import TYPE_CHECKING
 
 from ipckit._native import lib
 from ipckit.errors import check
 
 __all__ = ["FOREVER", "NOW", "deadline", "ready", "remaining", "until_ready"]
+
+if TYPE_CHECKING:
+    import asyncio
 
 FOREVER: int = lib.IK_FOREVER
 NOW: int = lib.IK_NOW
@@ -75,6 +78,8 @@ async def ready(fd: int, events: int, deadline_ns: int, what: object = None) -> 
     The wait is on a duplicate, so that several tasks may wait for one descriptor at a time and a
     descriptor closed by another task can't be mistaken for its successor of the same number.
     """
+    import asyncio  # here, because it is large and most programs never come here
+
     loop = asyncio.get_running_loop()
     event: asyncio.Future[None] = loop.create_future()
     own = os.dup(fd)

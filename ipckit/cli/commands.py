@@ -7,10 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from ipckit.cli import demo as demonstration
 from ipckit.messagelog import MessageLog
 from ipckit.servers import client as split_client
 from ipckit.servers.fork import ForkServer, ServerStats, listen
@@ -79,7 +76,7 @@ def serve(
             log = MessageLog(path, format=format, durability=durability)
         server = ForkServer(listener, log, max_children=max_children, idle_timeout=idle_timeout)
         address, number = listener.getsockname()[:2]
-        click.echo(f"listening on {address}:{number}, logging to {path}")
+        click.echo(f"listening on {address}:{number}\nlogging to {path}")
         server.serve(stop_timeout=stop_timeout)
         stats = server.stats()
         with _one_line(path):
@@ -88,6 +85,9 @@ def serve(
 
 
 def _show(stats: ServerStats) -> None:
+    from rich.console import Console  # at the end only: what a server has loaded makes its forks dearer
+    from rich.table import Table
+
     ends = ", ".join(f"{count} {how}" for how, count in sorted(stats.ends.items()))
     table = Table("", "count", title="served", title_justify="left")
     table.columns[1].justify = "right"
@@ -125,5 +125,7 @@ def client(host: str, port: int) -> None:
               help="The log; what is in it already stays.")  # fmt: skip
 def demo(clients: int, messages: int, path: str) -> None:
     """Start the echo server on loopback, drive it with real clients, verify its log, stop it."""
+    from ipckit.cli import demo as demonstration
+
     with _one_line(path):
         raise click.exceptions.Exit(demonstration.run(clients, messages, path))
