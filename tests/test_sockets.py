@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -1064,3 +1065,15 @@ def test_credentials_of_nobody(tcp):
             with pytest.raises(OSError, match=f"peer_credentials on descriptor {sock.fileno()}") as caught:
                 sockets.peer_credentials(sock)
             assert caught.value.errno == errno.ENOTCONN
+
+
+# --- the example ---------------------------------------------------------------------------------
+
+
+def test_the_example(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "urgent.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == [
+        "urgent: 2",
+        "read: AB1CD, then the mark",
+        "read: EF",
+    ]
