@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: MIT
+"""Sockets beyond ``socket``: time limits per call, urgent data, descriptors, peer credentials.
+
+All functions take a socket object, any object with ``fileno()`` or a plain descriptor, whether it
+blocks or not: *timeout* (seconds, ``None`` for ever, ``0`` not at all) alone rules how long a call
+waits, and not the object's own time-out or SO_RCVTIMEO. Only MSG_DONTWAIT makes a call return at
+once with BlockingIOError.
+
+Every send uses MSG_NOSIGNAL: a gone peer is BrokenPipeError, never SIGPIPE. All calls drop the
+GIL, work in any thread and after fork; Python signal handlers run while a call waits (PEP 475).
+"""
+
+import errno
+import fcntl
+import os
+import select
+import signal
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from socket import MSG_DONTROUTE, MSG_DONTWAIT, MSG_OOB, MSG_PEEK, MSG_TRUNC, MSG_WAITALL
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from ipckit._native import ffi, lib
+from ipckit.errors import Closed, check
+from ipckit.vectored import Descriptor, _fileno, _pin
+from ipckit.wait import NOW, deadline, until_ready
+
+__all__ = [
+    "MAX_FDS",
+    "MSG_DONTROUTE",
+    "MSG_DONTWAIT",
+    "MSG_OOB",
+    "MSG_PEEK",
+    "MSG_WAITALL",
+    "Credentials",
+    "UrgentWatcher",
+    "at_mark",
+    "get_oobinline",
+    "peer_credentials",
+    "recv",
+    "recv_exact",
+    "recv_fds",
+    "recv_into",
+    "recv_urgent",
+    "send",
+    "send_all",
+    "send_fds",
+    "send_urgent",
+    "set_oobinline",
+]
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+else:
+    Buffer = object
+
+MAX_FDS: int = lib.IK_SOCKETS_MAX_FDS
+
+_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
+
+
+def _restarted(call: Any, *args: Any) -> int:
+    """The result of *call*, made again for as long as a signal interrupts it."""
+    while True:
+        rc: int = call(*args)
+        if rc != -errno.EINTR:
+            return rc
+
+
+def _block(size: int, flags: int = 0) -> Any:
+    """Memory for *size* bytes; cleared for MSG_TRUNC, which makes a stream count bytes it doesn't store."""
+    if size < 0:
+        raise ValueError(f"size must be >= 0, not {size}")
+    return (ffi.new if flags & MSG_TRUNC else _uncleared)("char[]", size)
+
+
+# --- any socket ----------------------------------------------------------------------------------
+
+
+def send(sock: Descriptor, data: Buffer, flags: int = 0, *, timeout: float | None = None) -> int:
+    """Send *data* by one send(2); block until there is room for it.
+
+    Args: flags: MSG_OOB, MSG_DONTROUTE, MSG_DONTWAIT, ... timeout: seconds.
+    Returns: bytes sent; on a stream that may be fewer than given if there is a timeout, if *sock* is
+        non-blocking, or after a signal (send_all() goes on).
+    Raises: TimeoutError (ETIMEDOUT); BlockingIOError (EAGAIN) for MSG_DONTWAIT; BrokenPipeError
+        (EPIPE), ConnectionResetError (ECONNRESET); OSError EMSGSIZE for a too long datagram,
+        ENOTCONN, ENOTSOCK, EBADF. See send(2).
+    """
+    number = _fileno(sock)
+    deadline_ns = deadline(timeout)
+    with ExitStack() as pinned:
+        view = _pin(data, pinned, writable=False)
+        rc = _restarted(lib.ik_sockets_send, number, view, len(view), flags, deadline_ns)
+    return check(rc, f"send on descriptor {number}")
+
+
+def send_all(sock: Descriptor, data: Buffer, *, timeout: float | None = None) -> int:
+    """Send all of *data*, however many sends that takes; block until the last byte is on its way.
+
+    Returns: the size of *data*, in bytes.
+    Raises: as send(), each saying how many bytes went before. See send(2).
+    """
+    number = _fileno(sock)
+    deadline_ns = deadline(timeout)
+    with ExitStack() as pinned:
+        return _send_rest(number, _pin(data, pinned, writable=False), 0, deadline_ns, "send_all")
+
+
+def _send_rest(number: int, view: Any, moved: int, deadline_ns: int, verb: str) -> int:
+    size = len(view)
+    while moved < size:
+        rc = _restarted(lib.ik_sockets_send, number, view + moved, size - moved, 0, deadline_ns)
+        moved += check(rc, f"{verb} on descriptor {number}, after {moved} of {size} bytes")
+    return size
+
+
+def recv(sock: Descriptor, size: int, flags: int = 0, *, timeout: float | None = None) -> bytes:
+    """Receive at most *size* bytes by one recv(2); block until something is there.
+
+    Args: flags: MSG_PEEK, MSG_WAITALL, MSG_OOB, MSG_DONTWAIT, ... MSG_WAITALL is kept by the kernel
+        and only in a call that blocks there: with a timeout or on a non-blocking socket it has no
+        effect (recv_exact() does it everywhere). timeout: seconds.
+    Returns: what came; ``b""`` at the end of the stream, and for an empty datagram.
+    Raises: as recv_into(). See recv(2).
+    """
+    memory = _block(size, flags)
+    number = _fileno(sock)
+    rc = _restarted(lib.ik_sockets_recv, number, memory, size, flags, deadline(timeout))
+    check(rc, f"recv of {size} bytes on descriptor {number}")
+    return bytes(ffi.buffer(memory, min(rc, size)))
+
+
+def recv_into(sock: Descriptor, buffer: Buffer, flags: int = 0, *, timeout: float | None = None) -> int:
+    """As recv(), into *buffer*, as many bytes as fit.
+
+    Returns: bytes received (with ``socket.MSG_TRUNC`` a datagram's real length); 0 at the end.
+    Raises: TimeoutError (ETIMEDOUT); BlockingIOError (EAGAIN) for MSG_DONTWAIT; OSError EMSGSIZE if a
+        datagram was longer and its rest is lost (MSG_PEEK and MSG_TRUNC allow that);
+        ConnectionResetError (ECONNRESET); ENOTCONN, ENOTSOCK, EBADF; TypeError if *buffer* is read-only.
+    """
+    number = _fileno(sock)
+    deadline_ns = deadline(timeout)
+    with ExitStack() as pinned:
+        view = _pin(buffer, pinned, writable=True)
+        rc = _restarted(lib.ik_sockets_recv, number, view, len(view), flags, deadline_ns)
+        return check(rc, f"recv_into of {len(view)} bytes on descriptor {number}")
+
+
+def recv_exact(sock: Descriptor, size: int, *, timeout: float | None = None) -> bytes:
+    """Receive *size* bytes from a stream; block until the last is there, over signals and urgent marks.
+
+    Raises: EOFError saying how many bytes came before the end of the stream; TimeoutError
+        (ETIMEDOUT) and ConnectionResetError (ECONNRESET), likewise: those bytes are lost.
+    See recv(2), MSG_WAITALL.
+    """
+    memory = _block(size)
+    number = _fileno(sock)
+    deadline_ns = deadline(timeout)
+    moved = 0
+    while moved < size:
+        left = size - moved
+        rc = _restarted(lib.ik_sockets_recv, number, memory + moved, left, MSG_WAITALL, deadline_ns)
+        if rc == 0:
+            raise EOFError(f"end of stream on descriptor {number} after {moved} of {size} bytes")
+        moved += check(rc, f"recv_exact on descriptor {number}, after {moved} of {size} bytes")
+    return bytes(ffi.buffer(memory, size))
+
+
+# --- urgent data ---------------------------------------------------------------------------------
+
+
+def send_urgent(sock: Descriptor, byte: Buffer, *, timeout: float | None = None) -> None:
+    """Send one urgent byte, TCP's only out-of-band data; block until the send buffer has room.
+
+    A receiver has one urgent byte at a time: a second one turns an unread first one into ordinary
+    data. Use it to call for attention, and send what must arrive as ordinary data.
+
+    Raises: ValueError unless *byte* is exactly one; as send(); OSError EOPNOTSUPP for datagrams and
+        for AF_UNIX streams on a kernel without CONFIG_AF_UNIX_OOB. See tcp(7), send(2) MSG_OOB.
+    """
+    size = memoryview(byte).nbytes
+    if size != 1:
+        raise ValueError(f"urgent data is exactly one byte, not {size}")
+    send(sock, byte, MSG_OOB, timeout=timeout)
+
+
+def recv_urgent(sock: Descriptor, *, timeout: float | None = None) -> bytes:
+    """Take the urgent byte that the peer has announced; block only while the byte itself is on its way.
+
+    It does not wait for an announcement: UrgentWatcher does. An announced byte comes behind the
+    ordinary data before it, so with a full receive buffer it comes only when that has been read.
+
+    Raises: OSError EINVAL if there is none (never sent, read already, passed by a read, or read in
+        the stream because of SO_OOBINLINE); TimeoutError (ETIMEDOUT); EOFError if the stream ended;
+        EOPNOTSUPP as send_urgent(). See tcp(7), recv(2) MSG_OOB.
+    """
+    number = _fileno(sock)
+    memory = _block(1)
+    rc = _restarted(lib.ik_sockets_recv, number, memory, 1, MSG_OOB, deadline(timeout))
+    if rc == 0:
+        raise EOFError(f"end of stream on descriptor {number} before the urgent byte")
+    check(rc, f"recv_urgent on descriptor {number}{_why_none(number) if rc == -errno.EINVAL else ''}")
+    return bytes(ffi.buffer(memory, 1))
+
+
+def _why_none(number: int) -> str:
+    if get_oobinline(number):
+        return ": SO_OOBINLINE is on, urgent bytes come with the ordinary data"
+    return ": no urgent byte is pending (none sent, or it was read or passed already)"
+
+
+def at_mark(sock: Descriptor) -> bool:
+    """Whether the stream is read up to the urgent mark: True between what came before and after it.
+
+    A read never crosses the mark, so a loop of reads that asks after each one finds it.
+    Raises: OSError ENOTTY if *sock* has no urgent data at all, EBADF. See sockatmark(3).
+    """
+    number = _fileno(sock)
+    return bool(check(lib.ik_sockets_at_mark(number), f"at_mark on descriptor {number}"))
+
+
+def set_oobinline(sock: Descriptor, inline: bool) -> None:
+    """Choose where urgent bytes are read: in the stream, first after the mark (True), or by recv_urgent().
+
+    Off is the default. What counts is the choice at the moment of the read.
+    Raises: OSError ENOTSOCK, EBADF. See SO_OOBINLINE in socket(7).
+    """
+    number = _fileno(sock)
+    check(lib.ik_sockets_set_oobinline(number, inline), f"set_oobinline on descriptor {number}")
+
+
+def get_oobinline(sock: Descriptor) -> bool:
+    """What set_oobinline() has chosen. Raises: as that."""
+    number = _fileno(sock)
+    return bool(check(lib.ik_sockets_get_oobinline(number), f"get_oobinline on descriptor {number}"))
+
+
+class UrgentWatcher:
+    """Notice urgent data on a stream socket: wait for it, poll it, or be called in the middle of anything.
+
+    Without *callback* it uses POLLPRI: wait(), or fileno() in select, poll, epoll and asyncio. It stays
+    readable until the urgent byte is taken or passed, and from the moment that the peer shuts down.
+
+    With *callback* it also makes this process the owner of the socket (F_SETOWN) and takes over SIGURG:
+    ``callback(sock)`` runs in the main thread as a Python signal handler, once for one or several
+    announcements (signals merge), and at once if one is pending. SIGURG comes with the announcement,
+    which may be before the byte, and does not name a socket: with SO_OOBINLINE *callback* may be called
+    for what came on another watched socket.
+
+    Close it before the socket; close() gives back the owner and, with the last watcher, SIGURG.
+    Raises: OSError ENOTTY if *sock* has no urgent data, EBADF; ValueError for a callback outside of the
+        main thread.
+    Fork: a child can wait(), but SIGURG goes to the process that made the watcher. Threads: any may
+        wait(). See SIOCATMARK and SIGURG in tcp(7), F_SETOWN in fcntl(2), poll(2).
+    """
+
+    _called: ClassVar[list["UrgentWatcher"]] = []
+    _former: ClassVar[Any] = None
+
+    def __init__(self, sock: Descriptor, callback: Callable[[Any], object] | None = None) -> None:
+        at_mark(sock)  # refuses what never has urgent data, with the errno that says why
+        self._sock = sock
+        self._callback = callback
+        self._epoll = select.epoll()
+        self._epoll.register(_fileno(sock), select.EPOLLPRI | select.EPOLLRDHUP)
+        if callback is not None:
+            try:
+                self._own()
+                if self._pending() & select.EPOLLPRI or (self._announced() and not get_oobinline(sock)):
+                    callback(sock)
+            except BaseException:
+                self.close()
+                raise
+
+    def _own(self) -> None:
+        """Have SIGURG sent here, and handled."""
+        if not self._called:
+            UrgentWatcher._former = signal.signal(signal.SIGURG, _call_watchers)
+        self._called.append(self)
+        self._pid = os.getpid()
+        self._former_owner = fcntl.fcntl(_fileno(self._sock), fcntl.F_GETOWN)
+        fcntl.fcntl(_fileno(self._sock), fcntl.F_SETOWN, self._pid)
+
+    def _disown(self) -> None:
+        if len(self._called) == 1:
+            signal.signal(signal.SIGURG, self._former or signal.SIG_DFL)
+        self._called.remove(self)
+        if self._pid == os.getpid():  # the owner belongs to the description that a parent and a child share
+            with suppress(OSError, ValueError):  # the socket is closed already
+                fcntl.fcntl(_fileno(self._sock), fcntl.F_SETOWN, self._former_owner)
+
+    def _announced(self) -> bool:
+        """Whether an urgent byte is here or on its way; with SO_OOBINLINE the kernel does not tell."""
+        number = _fileno(self._sock)
+        rc = lib.ik_sockets_recv(number, _block(1), 1, MSG_OOB | MSG_PEEK | MSG_DONTWAIT, NOW)
+        return rc > 0 or rc == -errno.EAGAIN or (rc == -errno.EINVAL and get_oobinline(number))
+
+    def _pending(self) -> int:
+        found = self._epoll.poll(0)
+        return found[0][1] if found else 0
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until an urgent byte can be read; returns at once while one is unread.
+
+        Args: timeout: seconds.
+        Raises: TimeoutError (ETIMEDOUT); EOFError if none is pending and the peer can send no more; Closed.
+        """
+        deadline_ns = deadline(timeout)
+        what = f"wait for urgent data on descriptor {_fileno(self._sock)}"
+        while True:
+            until_ready(self.fileno(), select.POLLIN, deadline_ns, what)
+            events = self._pending()
+            if events & select.EPOLLPRI:
+                return
+            if events:
+                raise EOFError(f"end of stream while in {what}")
+
+    def fileno(self) -> int:
+        """A descriptor to poll for reading. Raises: Closed."""
+        if self.closed:
+            raise Closed("this UrgentWatcher is closed")
+        return self._epoll.fileno()
+
+    @property
+    def closed(self) -> bool:
+        return self._epoll.closed
+
+    def close(self) -> None:
+        """Stop watching; the socket stays open. Closing again does nothing."""
+        if self in self._called:
+            self._disown()
+        self._epoll.close()
+
+    def __enter__(self) -> "UrgentWatcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _call_watchers(_signum: int, _frame: FrameType | None) -> None:
+    for watcher in list(UrgentWatcher._called):
+        if watcher._callback is not None and watcher._announced():
+            watcher._callback(watcher._sock)
+
+
+# --- descriptors and credentials -----------------------------------------------------------------
+
+
+def send_fds(
+    sock: Descriptor, data: Buffer, fds: Iterable[Descriptor], *, timeout: float | None = None
+) -> int:
+    """Send *data* and duplicates of *fds* over an AF_UNIX socket; block until all of *data* is sent.
+
+    Args: data: at least one byte on a stream. fds: at most MAX_FDS (253). timeout: seconds.
+    Returns: the size of *data*, in bytes.
+    Raises: ValueError for too many descriptors, or a stream and no data; OSError EBADF if one of them
+        (or *sock*) is closed, and then nothing is sent; ETOOMANYREFS if too many are on their way
+        (RLIMIT_NOFILE of the user); EOPNOTSUPP if *sock* is not AF_UNIX; as send_all(), and then the
+        descriptors have gone if any byte has.
+    See SCM_RIGHTS in unix(7), sendmsg(2).
+    """
+    number = _fileno(sock)
+    numbers = [_fileno(fd) for fd in fds]
+    if len(numbers) > MAX_FDS:
+        raise ValueError(f"one message carries at most {MAX_FDS} descriptors, not {len(numbers)}")
+    deadline_ns = deadline(timeout)
+    with ExitStack() as pinned:
+        view = _pin(data, pinned, writable=False)
+        call = lib.ik_sockets_send_fds
+        rc = _restarted(call, number, view, len(view), numbers, len(numbers), deadline_ns)
+        if rc == -errno.EINVAL and len(view) == 0:
+            raise ValueError(f"a stream carries descriptors with data only, and there is none for {number}")
+        check(rc, f"send_fds of descriptors {numbers} on descriptor {number}")
+        return _send_rest(number, view, rc, deadline_ns, "send_fds")
+
+
+def recv_fds(
+    sock: Descriptor, size: int, max_fds: int, *, timeout: float | None = None
+) -> tuple[bytes, list[int]]:
+    """Receive at most *size* bytes and the descriptors that came with them; block until there are some.
+
+    A stream gives descriptors with the first read that takes a byte they were sent with, whichever call
+    that is: recv() of those bytes closes them.
+
+    Args: max_fds: 0 to MAX_FDS (253). timeout: seconds.
+    Returns: the data, and new descriptors, close-on-exec and owned by the caller; ``(b"", [])`` at the
+        end of the stream.
+    Raises: OSError EMSGSIZE if more descriptors came than *max_fds* or a datagram longer than *size*,
+        EMFILE if this process may not open so many: in each case the data is lost and all descriptors
+        that came are closed; as recv_into().
+    See SCM_RIGHTS in unix(7), recvmsg(2) MSG_CTRUNC.
+    """
+    if not 0 <= max_fds <= MAX_FDS:
+        raise ValueError(f"max_fds must be 0 to {MAX_FDS}, not {max_fds}")
+    memory = _block(size)
+    number = _fileno(sock)
+    came = ffi.new("ik_sockets_fds *")
+    rc = _restarted(lib.ik_sockets_recv_fds, number, memory, size, came, max_fds, deadline(timeout))
+    check(rc, f"recv_fds of {size} bytes and {max_fds} descriptors on descriptor {number}")
+    return bytes(ffi.buffer(memory, rc)), list(came.fd[0 : came.count])
+
+
+class Credentials(NamedTuple):
+    """Process, user and group at the other end, as the kernel saw them when the connection was made."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_credentials(sock: Descriptor) -> Credentials:
+    """Who connected, listened or called socketpair() at the other end of an AF_UNIX socket.
+
+    The peer can't forge it. But the socket may have been passed on since, and *pid* may be another
+    process by now; it is 0 if the peer lives outside of this pid namespace.
+    Raises: OSError ENOTCONN if *sock* has no peer or is not AF_UNIX; ENOTSOCK, EBADF.
+    See SO_PEERCRED in unix(7).
+    """
+    number = _fileno(sock)
+    peer = ffi.new("ik_sockets_peer *")
+    check(lib.ik_sockets_peer_credentials(number, peer), f"peer_credentials on descriptor {number}")
+    return Credentials(peer.pid, peer.uid, peer.gid)
