@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from ipckit import signals
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.vectored import Descriptor
@@ -296,7 +298,8 @@ def fork(
 
     The child exits with what *target* returns (None is 0, or an int) or with the code of its
     SystemExit; any other exception prints its traceback and is exit code 1. It never returns into
-    the caller's code: no ``finally``, ``atexit`` or ``__exit__`` of the parent runs there.
+    the caller's code: no ``finally``, ``atexit`` or ``__exit__`` of the parent runs there, and threads
+    that *target* started are not waited for.
 
     Signals are blocked from before the fork until the child has its handlers, so none is lost: those
     that had a Python handler in the parent get their default action (SIGINT too), *handlers* come
@@ -307,8 +310,9 @@ def fork(
     default action is set in this process.
 
     Args: keep: the descriptors (or objects with ``fileno()``) that the child needs beside 0, 1, 2 and
-            those of sys.stdout and sys.stderr; None for all. The others are released: using one is OSError EBADF, but its number stays
-            taken, so that an inherited object that closes "its" number later can't hit a new file.
+            those of sys.stdout and sys.stderr; None for all. The others are released: using one is
+            OSError EBADF, but its number stays taken, so that an inherited object that closes "its"
+            number later can't hit a new file.
         die_with_parent: the kernel kills the child when the thread that called this ends.
         handlers: signal number to function, ``SIG_DFL`` or ``SIG_IGN``.
     Raises: BlockingIOError (EAGAIN) at the limit of processes; OSError EMFILE or ENFILE without a
@@ -501,6 +505,7 @@ class Reaper:
         self._living: dict[Child, None] = {}
         self._by_pidfd: dict[int, Child] = {}
         self._epoll = select.epoll()
+        self._former: signals.Action | None = None  # of SIGCHLD, while ours is installed
 
     def fileno(self) -> int:
         """Readable while reap() would find something. Raises: Closed."""
@@ -517,6 +522,7 @@ class Reaper:
     def add(self, child: Child) -> Child:
         """Reap *child* from now on, and close it then; *child* itself.
 
+        on_exit may be called from here, for a child that has ended already.
         Raises: ValueError for a child that is here already; Closed. See epoll_ctl(2).
         """
         self._check_usable()
@@ -525,6 +531,8 @@ class Reaper:
         self._epoll.register(child, select.EPOLLIN)
         self._by_pidfd[child.fileno()] = child
         self._living[child] = None
+        if self._former is not None:
+            self.reap()  # it may have ended already, and its SIGCHLD be gone
         return child
 
     def fork(self, target: Callable[..., object], *args: object, **options: Any) -> Child:
@@ -605,12 +613,29 @@ class Reaper:
         self._by_pidfd.clear()
 
     def __enter__(self) -> "Reaper":
+        self._check_usable()
+        if self._on_exit is not None and threading.current_thread() is threading.main_thread():
+            self._former = signals.sigaction(
+                signal.SIGCHLD, self._on_sigchld, flags=signals.SA_NOCLDSTOP, info=True
+            )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        if self._former is not None:
+            self._former.restore()
+            self._former = None
         self.close()
+
+    def _on_sigchld(self, info: signals.SigInfo) -> None:
+        former = self._former
+        try:
+            if self._parent == os.getpid():  # not in a child made by a bare os.fork()
+                self.reap()
+        finally:
+            if former is not None and callable(former.handler):
+                former.handler(*((info,) if former.info else (info.signo, None)))
 
     def _check_usable(self) -> None:
         self.fileno()

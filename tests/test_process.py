@@ -14,9 +14,10 @@ import pytest
 from cffi import FFI
 from conftest import eventually, open_descriptors
 
+from ipckit import signals
 from ipckit._native import ffi
 from ipckit.errors import Closed
-from ipckit.process import ExitStatus, fork, fork_native, wait_any
+from ipckit.process import ExitStatus, Reaper, die_with_parent, fork, fork_native, wait_any
 
 PATIENCE = 20.0
 
@@ -461,3 +462,497 @@ def test_native_children_of_a_threaded_process():
         stop.set()
         for thread in threads:
             thread.join()
+
+
+# --- signals that come early, parents that go ------------------------------------------------------
+
+
+@pytest.mark.parametrize("handler", [None, lambda *_: os._exit(0)])
+def test_a_signal_right_after_the_fork_is_not_lost(handler):
+    """gunicorn #1910: between the fork and the child's handlers a SIGTERM met the parent's handler."""
+    seen = []
+    former = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    handlers = {signal.SIGTERM: handler} if handler else None
+    try:
+        for attempt in range(200):
+            with fork(pause_for_ever, handlers=handlers) as child:
+                busy_for(attempt * 25e-6)  # 0 to 5 ms after the fork
+                child.terminate()
+                status = child.wait(PATIENCE)
+            assert (status.code, status.signal) == ((0, None) if handler else (None, signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert not seen
+
+
+def pause_for_ever():
+    while True:
+        signal.pause()
+
+
+def busy_for(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists() and state(pid) not in "ZX"]
+
+
+def state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+def hold(writer):
+    """Keep *writer* open until killed, whatever comes: its end of file is the proof of the end."""
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    os.write(writer, b".")
+    pause_for_ever()
+
+
+def test_children_die_with_a_parent_that_is_killed(pipe):
+    reader, writer = pipe
+
+    def parent():
+        children = [fork(hold, writer, die_with_parent=True) for _ in range(10)]
+        children += [fork_native(native("pause"), ffi.NULL, keep=[writer]) for _ in range(10)]
+        wait_any(children)
+
+    with fork(parent) as child:
+        for _ in range(10):
+            told(reader)
+        eventually(lambda: len(children_of(child.pid)) == 20)
+        orphans = children_of(child.pid)
+        child.kill()
+        start = time.monotonic()
+        eventually(lambda: not alive(orphans))
+        assert time.monotonic() - start < 1
+
+
+def children_of(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.proof
+def test_children_die_with_a_parent_killed_just_after_the_fork():
+    """The parent ends before, while and after the child asks the kernel for its signal."""
+    rounds = 1000 if os.environ.get("IPCKIT_PROOF") == "1" else 60
+    for attempt in range(rounds):
+        reader, writer = os.pipe()
+
+        def parent(writer=writer, native_child=attempt % 2):
+            if native_child:
+                fork_native(native("pause"), ffi.NULL, keep=[writer])
+            else:
+                fork(hold, writer, keep=[writer], die_with_parent=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        with fork(parent) as child:
+            os.close(writer)
+            assert child.wait(PATIENCE).signal == signal.SIGKILL
+            while select.select([reader], [], [], PATIENCE)[0] and os.read(reader, 1):
+                pass
+            assert select.select([reader], [], [], 0)[0], "an orphan still holds the pipe"
+        os.close(reader)
+
+
+def test_die_with_parent_by_hand(pipe):
+    reader, writer = pipe
+
+    def child(parent):
+        die_with_parent(signal.SIGTERM, parent)
+        tell_and_pause(writer)
+
+    def parent():
+        fork(child, os.getpid())
+        pause_for_ever()
+
+    with fork(parent) as process:
+        told(reader)
+        orphans = children_of(process.pid)
+        process.kill()
+        process.wait(PATIENCE)
+        eventually(lambda: not alive(orphans))
+    with fork(child, os.getppid()) as orphan:  # its parent is not the one it saw: gone
+        assert orphan.wait(PATIENCE).signal == signal.SIGTERM
+    with pytest.raises(OSError, match="die_with_parent by signal 1000") as caught:
+        die_with_parent(1000)
+    assert caught.value.errno == errno.EINVAL
+
+
+# --- forks that fail, and SIGCHLD ignored ----------------------------------------------------------
+
+
+LIMITED = """if 1:
+    import errno, os, resource, signal
+    from ipckit._native import ffi, lib
+    from ipckit.process import Reaper, fork, fork_native
+    def state():
+        status = open("/proc/self/status").read()
+        masks = [line for line in status.splitlines() if line.startswith(("SigB", "SigI", "SigC"))]
+        return masks, sorted(os.listdir("/proc/self/fd"))
+    def refused(call, error, text):
+        before = state()
+        limit()
+        try:
+            call()
+        except error as caught:
+            assert text in str(caught), caught
+            number = caught.errno
+        else:
+            raise AssertionError("not refused")
+        unlimit()
+        assert state() == before
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return number
+        raise AssertionError("a child is left")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    calls = [lambda: fork(int), lambda: fork_native(ffi.NULL, ffi.NULL)]
+"""
+
+
+def test_no_room_for_another_process():
+    script(
+        LIMITED
+        + """
+    def limit(): resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    def unlimit(): pass
+    if os.getuid() == 0:  # who is exempt
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    for call in calls:
+        assert refused(call, BlockingIOError, "the limit of processes is reached") == errno.EAGAIN
+    """
+    )
+
+
+def test_no_descriptor_for_the_pidfd():
+    script(
+        LIMITED
+        + """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    def limit(): resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    def unlimit(): resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for call in calls:
+        assert refused(call, OSError, "no descriptor left for the pidfd") == errno.EMFILE
+    def limit(): pass
+    os.register_at_fork(after_in_parent=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard)))
+    assert refused(calls[0], OSError, "no descriptor left for the pidfd") == errno.EMFILE
+    """
+    )
+
+
+def test_an_exception_just_before_the_fork():
+    script(
+        LIMITED
+        + """
+    import sys
+    forbidden = False
+    def audit(event, _):
+        if forbidden and event == "os.fork":
+            raise PermissionError(errno.EPERM, "forbidden here")
+    sys.addaudithook(audit)
+    def limit(): global forbidden; forbidden = True
+    def unlimit(): global forbidden; forbidden = False
+    assert refused(calls[0], PermissionError, "fork") == errno.EPERM
+    """
+    )
+
+
+def test_sigchld_ignored_on_entry_loses_no_status():
+    text = """if 1:
+        import os, signal, sys
+        if "again" not in sys.argv:  # as a parent that ignores it would start us; not every shell can
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            os.execv(sys.executable, [*sys.orig_argv, "again"])
+        from ipckit.process import Reaper
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+        with Reaper() as reaper:
+            children = [reaper.fork(lambda: 5) for _ in range(20)]
+            reaper.wait(20)
+        assert [child.status.code for child in children] == [5] * 20
+    """
+    script(text)
+
+
+def test_fork_in_a_threaded_process_with_warnings_as_errors():
+    """The child is not lost, though CPython from 3.12 on warns of os.fork() there."""
+    text = """if 1:
+        import threading
+        from ipckit.process import fork
+        stop = threading.Event()
+        threads = [threading.Thread(target=stop.wait) for _ in range(8)]
+        for thread in threads: thread.start()
+        for code in range(50):
+            with fork(lambda: code) as child:
+                assert child.wait(20).code == code
+        def from_a_thread():
+            with fork(lambda: 3, handlers={}, keep=[]) as child:
+                assert child.wait(20).code == 3
+            ended.append(True)
+        ended = []
+        thread = threading.Thread(target=from_a_thread)
+        thread.start()
+        thread.join()
+        assert ended
+        stop.set()
+    """
+    for option in ("-Werror", "-Wignore"):
+        done = subprocess.run(
+            [sys.executable, option, "-c", text], stderr=subprocess.PIPE, timeout=PATIENCE * 2
+        )
+        assert done.returncode == 0, done
+
+
+# --- many children ---------------------------------------------------------------------------------
+
+
+def test_a_thousand_exits_at_once_beside_a_popen_of_somebody_else():
+    text = """if 1:
+        import os, select, signal, subprocess
+        from ipckit.errors import Closed
+        from ipckit.process import Reaper
+        foreign = subprocess.Popen(["sh", "-c", "exit 33"])
+        reader, writer = os.pipe()
+        def ends(code):
+            os.read(reader, 1)
+            return code
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        with Reaper() as reaper:
+            children = [reaper.fork(ends, n % 256, keep=[reader]) for n in range(1000)]
+            assert len(reaper) == 1000
+            assert select.select([reaper], [], [], 0)[0] == []
+            os.write(writer, bytes(1000))
+            for child in children:  # all are zombies now, and one SIGCHLD at most is pending
+                assert select.select([child], [], [], 20)[0]
+            ended = reaper.reap()
+            assert sorted(child.pid for child, _ in ended) == sorted(child.pid for child in children)
+            assert all(child.status is status for child, status in ended)
+            assert (len(reaper), list(reaper)) == (0, [])
+            assert [child.status.code for child in children] == [n % 256 for n in range(1000)]
+            try:
+                children[0].fileno()
+            except Closed:
+                print("closed")
+        assert foreign.wait(20) == 33
+    """
+    assert script(text) == "closed\n"
+
+
+def test_on_exit_is_called_once_for_each_of_a_thousand():
+    text = """if 1:
+        import os, subprocess, time
+        from collections import Counter
+        from ipckit.process import Reaper
+        foreign = subprocess.Popen(["sh", "-c", "exit 33"])
+        ended = Counter()
+        with Reaper(lambda child, status: ended.update([(child.pid, status.code)])) as reaper:
+            children = [reaper.fork(os._exit, n % 256) for n in range(1000)]
+            reaper.wait(20)
+        assert ended == Counter((child.pid, n % 256) for n, child in enumerate(children))
+        assert foreign.wait(20) == 33
+    """
+    script(text)
+
+
+def test_a_reaper_reports_what_ended(pipe):
+    reader, _ = pipe
+    with Reaper() as reaper:
+        assert reaper.reap() == []
+        first, second = (reaper.fork(told_then, reader, code) for code in (1, 1))
+        assert list(reaper) == [first, second]
+        assert reaper.reap() == []
+        with pytest.raises(TimeoutError, match="2 children still run") as caught:
+            reaper.wait(0.01)
+        assert caught.value.errno == errno.ETIMEDOUT
+        first.kill()
+        assert select.select([reaper], [], [], PATIENCE)[0] == [reaper]
+        [(child, status)] = reaper.reap()
+        assert (child, status, status.signal) == (first, first.status, signal.SIGKILL)
+        assert select.select([reaper], [], [], 0)[0] == []
+        with pytest.raises(ValueError, match=f"child {second.pid} is in this reaper already"):
+            reaper.add(second)
+        reaper.send_signal(signal.SIGTERM)
+        reaper.wait(PATIENCE)
+        assert second.status.signal == signal.SIGTERM
+        native_child = reaper.fork_native(native("_exit"), ffi.cast("void *", 4))
+        reaper.wait(PATIENCE)
+        assert native_child.status.code == 4
+
+
+def test_a_reaper_lets_go_of_the_living(pipe):
+    with Reaper() as reaper:
+        child = reaper.fork(told, pipe[0])
+    with pytest.raises(Closed, match="the reaper is closed"):
+        reaper.reap()
+    with pytest.raises(Closed):
+        reaper.fork(int)
+    with child:
+        assert child.poll() is None
+        child.kill()
+
+
+def test_a_reaper_is_for_the_process_that_made_it(pipe):
+    """The epoll set is shared after fork: a child that reaped would take its parent's children."""
+
+    def misuse(reaper, parent):
+        for call in (reaper.reap, reaper.wait, lambda: reaper.fork(int)):
+            with pytest.raises(ChildProcessError, match=f"belongs to process {parent}") as caught:
+                call()
+            assert caught.value.errno == errno.ECHILD
+        reaper.close()
+
+    with Reaper() as reaper:
+        child = reaper.fork(told_then, pipe[0], 3)
+        with fork(misuse, reaper, os.getpid()) as other:
+            assert other.wait(PATIENCE).code == 0
+        os.write(pipe[1], b".")
+        reaper.wait(PATIENCE)
+        assert child.status.code == 3
+
+
+def test_a_child_that_somebody_else_reaped_is_dropped():
+    with Reaper() as reaper:
+        child = reaper.fork(int)
+        os.waitpid(child.pid, 0)
+        with pytest.raises(ChildProcessError, match=f"child {child.pid} was reaped by somebody else"):
+            reaper.reap()
+        assert len(reaper) == 0
+        assert reaper.reap() == []
+
+
+def test_on_exit_is_called_by_the_handler_while_the_main_thread_blocks(pipe):
+    reader, writer = pipe
+    ended = {}
+
+    def on_exit(child, status):
+        ended[child.pid] = status.code
+        if len(ended) == 3:
+            os.write(writer, b"!")
+
+    with Reaper(on_exit) as reaper:
+        children = [reaper.fork(os._exit, code) for code in (1, 2, 3)]
+        assert told(reader) == b"!"  # blocks until the handler wrote
+        assert ended == {child.pid: code for child, code in zip(children, (1, 2, 3), strict=True)}
+        assert len(reaper) == 0
+
+
+def test_the_handler_chains_and_is_put_back():
+    seen = []
+    former = signal.signal(signal.SIGCHLD, lambda signum, _: seen.append(signum))
+    try:
+        before = signal.getsignal(signal.SIGCHLD)
+        with Reaper(lambda *_: seen.append("reaped")) as reaper:
+            reaper.fork(int)
+            reaper.wait(PATIENCE)
+            eventually(lambda: signal.SIGCHLD in seen)
+        assert signal.getsignal(signal.SIGCHLD) is before
+        assert "reaped" in seen
+        with signals.sigaction(signal.SIGCHLD, seen.append, info=True), Reaper(lambda *_: None) as reaper:
+            child = reaper.fork(os._exit, 7)
+            eventually(lambda: isinstance(seen[-1], signals.SigInfo))
+            assert (seen[-1].pid, seen[-1].status) == (child.pid, 7)
+        with Reaper():
+            assert signal.getsignal(signal.SIGCHLD) is before, "nothing to call, nothing to install"
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+
+
+def test_stopped_children_do_not_run_the_handler():
+    calls = []
+    former = signal.signal(signal.SIGCHLD, lambda *_: calls.append(1))
+    try:
+        with Reaper(lambda *_: None) as reaper:
+            child = reaper.fork(pause_for_ever)
+            child.send_signal(signal.SIGSTOP)
+            eventually(lambda: state(child.pid) == "T")
+            assert not calls
+            child.kill()
+            reaper.wait(PATIENCE)
+    finally:
+        signal.signal(signal.SIGCHLD, former)
+
+
+def test_a_child_that_ended_before_add_is_not_forgotten():
+    ended = []
+    child = fork(int)
+    select.select([child], [], [], PATIENCE)
+    with Reaper(lambda *_: ended.append(1)) as reaper:
+        reaper.add(child)
+        assert ended == [1]
+
+
+def test_an_exception_of_on_exit_leaves_the_rest_for_the_next_call(pipe):
+    reader, writer = pipe
+    seen = []
+
+    def on_exit(child, status):
+        seen.append(status.code)
+        if len(seen) == 1:
+            raise ZeroDivisionError
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    try:
+        with Reaper(on_exit) as reaper:
+            children = [reaper.fork(told_then, reader, code) for code in range(3)]
+            os.write(writer, b"...")
+            for child in children:
+                select.select([child], [], [], PATIENCE)
+            with pytest.raises(ZeroDivisionError):
+                reaper.reap()
+            assert len(reaper) == 2
+            assert len(reaper.reap()) == 2
+            assert sorted(seen) == [0, 1, 2]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+
+
+def test_the_handler_leaves_the_children_of_others_alone():
+    foreign = subprocess.Popen(["sh", "-c", "exit 33"])
+    ended = []
+    with Reaper(lambda child, status: ended.append(status.code)) as reaper:
+        reaper.fork(int)
+        assert foreign.wait(PATIENCE) == 33
+        reaper.wait(PATIENCE)
+    assert ended == [0]
+
+
+def test_a_reaper_in_another_thread_works_by_its_descriptor():
+    ended = []
+
+    def run():
+        with Reaper(lambda child, status: ended.append(status.code)) as reaper:
+            for code in range(10):
+                reaper.fork_native(native("_exit"), ffi.cast("void *", code))
+            while len(reaper):
+                select.select([reaper], [], [], PATIENCE)
+                reaper.reap()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert sorted(ended) == list(range(10))
+
+
+@pytest.mark.parametrize("waits", ["reaper", "child"])
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_waiting_while_the_handler_reaps_ends(waits, in_a_thread):
+    """The handler takes the last child from under wait(), in the same thread or in another."""
+    for code in range(50):
+        with Reaper(lambda *_: None) as reaper:
+            child = reaper.fork_native(native("_exit"), ffi.cast("void *", code))
+            waiting = {"reaper": reaper, "child": child}[waits]
+            if in_a_thread:
+                thread = threading.Thread(target=waiting.wait, args=(PATIENCE,))
+                thread.start()
+                thread.join()
+            waiting.wait(PATIENCE)
+            assert child.status.code == code
+            reaper.wait(PATIENCE)
