@@ -9,7 +9,6 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -106,20 +105,20 @@ static size_t utf8_length(const unsigned char *s, size_t left) {
     return n;
 }
 
+static char *put_escaped(char *to, unsigned char c) {
+    to = stpcpy(to, "\\u00");
+    *to++ = HEX[c >> 4];
+    *to++ = HEX[c & 15];
+    return to;
+}
+
 static char *put_ascii(char *to, unsigned char c) {
-    if (c == '"' || c == '\\') {
+    char letter = c == '"' || c == '\\' ? (char)c : c < 0x20 ? ESCAPES[c] : 0;
+    if (!letter && (c < 0x20 || c == 0x7f)) /* DEL too: a log is looked at on terminals */
+        return put_escaped(to, c);
+    if (letter)
         *to++ = '\\';
-        *to++ = (char)c;
-    } else if (c < 0x20 && ESCAPES[c]) {
-        *to++ = '\\';
-        *to++ = ESCAPES[c];
-    } else if (c < 0x20 || c == 0x7f) { /* DEL too: a log is looked at on terminals */
-        memcpy(to, "\\u00", 4);
-        to[4] = HEX[c >> 4];
-        to[5] = HEX[c & 15];
-        to += 6;
-    } else
-        *to++ = (char)c;
+    *to++ = letter ? letter : (char)c;
     return to;
 }
 
@@ -137,7 +136,7 @@ static char *put_text(char *to, const char *limit, const unsigned char *data, si
         if (n == 1)
             to = put_ascii(to, data[i]);
         else if (is_c1_control(data + i, n))
-            to += sprintf(to, "\\u00%02x", data[i + 1]);
+            to = put_escaped(to, data[i + 1]);
         else {
             memcpy(to, data + i, n);
             to += n;
@@ -155,16 +154,30 @@ size_t ik_log_record_bound(size_t len, const char *peer) {
     return room + (body > PIPE_BUF ? body : PIPE_BUF) + 8;
 }
 
+/* Decimal, at least so many digits. Not printf: what it needs of the locale lies in the memory of
+ * the interpreter, which a child forked lean does not have. */
+static char *put_number(char *to, uint64_t number, int digits) {
+    char reversed[20];
+    int n = 0;
+    for (; number > 0 || n < digits; number /= 10)
+        reversed[n++] = (char)('0' + number % 10);
+    while (n > 0)
+        *to++ = reversed[--n];
+    return to;
+}
+
 static char *put_head(char *to, size_t len, const char *peer, uint64_t connection) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    to += sprintf(to, "{\"time\":%lld.%06ld,", (long long)now.tv_sec, now.tv_nsec / 1000);
+    to = put_number(stpcpy(to, "{\"time\":"), (uint64_t)now.tv_sec, 1);
+    to = put_number(stpcpy(to, "."), (uint64_t)now.tv_nsec / 1000, 6);
     if (connection)
-        to += sprintf(to, "\"connection\":%llu,", (unsigned long long)connection);
-    to += sprintf(to, "\"peer\":\"");
+        to = put_number(stpcpy(to, ",\"connection\":"), connection, 1);
+    to = stpcpy(to, ",\"peer\":\"");
     for (; *peer; peer++)
         to = put_ascii(to, (unsigned char)*peer < 0x80 ? (unsigned char)*peer : '?');
-    return to + sprintf(to, "\",\"length\":%zu,", len);
+    to = put_number(stpcpy(to, "\",\"length\":"), len, 1);
+    return stpcpy(to, ",");
 }
 
 size_t ik_log_format_record(char *line, const void *data, size_t len, const char *peer,
@@ -175,10 +188,10 @@ size_t ik_log_format_record(char *line, const void *data, size_t len, const char
     size_t most = head + tail < PIPE_BUF ? PIPE_BUF - head - tail : 0;
     if (most < base64_length(len))
         most = base64_length(len);
-    char *text = body + sprintf(body, "\"text\":\"");
+    char *text = stpcpy(body, "\"text\":\"");
     char *end = put_text(text, text + most, data, len);
     if (end == NULL)
-        end = put_base64(body + sprintf(body, "\"base64\":\""), data, len);
+        end = put_base64(stpcpy(body, "\"base64\":\""), data, len);
     memcpy(end, "\"}\n", 3);
     return (size_t)(end + 3 - line);
 }
