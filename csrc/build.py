@@ -45,5 +45,6 @@ ffi.set_source(
     define_macros=[("_GNU_SOURCE", None)],
     # The generated file passes unused parameters by design of its interface.
     extra_compile_args=["-std=gnu11", "-O2", *WARNINGS, "-Wno-unused-parameter"],
-    extra_link_args=["-pthread"],
+    # Bound at load: a child forked lean has no memory of the loader's to bind with.
+    extra_link_args=["-pthread", "-Wl,-z,now"],
 )

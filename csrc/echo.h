@@ -28,6 +28,13 @@ typedef struct ik_echo {
     ik_echo_counters *counters;
 } ik_echo;
 
+/* An ik_echo with all that it points to but the counters, for a child that has no other memory. */
+typedef struct ik_echo_job {
+    ik_echo echo;
+    ik_log log;
+    char peer[80];
+} ik_echo_job;
+
 /* Read a piece, log it, echo it, until end of file; then close. One piece is one message of the
  * log, small enough to reach it by one atomic write. SIGTERM ends it after what has come already.
  * For fork; argument is an ik_echo. Returns an ik_echo_end. */

@@ -19,13 +19,19 @@
 #endif
 
 /* What before_fork leaves for after_fork and for the child, who inherits the thread's copy. */
-static _Thread_local struct {
+typedef struct before {
     int reserved; /* -1: no fork is under way */
     int parent;
     sigset_t mask;
     struct sigaction sigchld;
     int sigchld_changed;
-} saved = {.reserved = -1};
+} before;
+
+static _Thread_local before saved = {.reserved = -1};
+
+/* The same in a child of ik_process_fork, which may not have the thread's copy. */
+static before inherited;
+static int is_native_child;
 
 static int open_pidfd(int pid) {
     int fd = (int)syscall(SYS_pidfd_open, pid, 0);
@@ -87,7 +93,7 @@ int ik_process_begin_child(int flags) {
 }
 
 int ik_process_unblock(void) {
-    return -pthread_sigmask(SIG_SETMASK, &saved.mask, NULL);
+    return -pthread_sigmask(SIG_SETMASK, is_native_child ? &inherited.mask : &saved.mask, NULL);
 }
 
 /* The parent's handlers must not run in a child that never enters Python. */
@@ -118,6 +124,23 @@ static void close_all_but(const int *keep, size_t n_keep) {
     close_between(first, ~0U);
 }
 
+static void be_native_child(const before *known, const int *keep, size_t n_keep, int flags) {
+    inherited = *known;
+    is_native_child = 1;
+    if (flags & IK_PROCESS_DIE_WITH_PARENT)
+        ik_process_die_with_parent(SIGKILL, known->parent);
+    default_handlers();
+    close_all_but(keep, n_keep); /* the reserved one among them */
+}
+
+static int finish(int pid, int *ret_pidfd) {
+    int rc = ik_process_after_fork(pid);
+    if (rc < 0)
+        return rc;
+    *ret_pidfd = rc;
+    return pid;
+}
+
 int ik_process_fork(int (*run)(void *), void *argument, const int *keep, size_t n_keep, int flags,
                     int *ret_pidfd) {
     int rc = ik_process_before_fork();
@@ -125,16 +148,30 @@ int ik_process_fork(int (*run)(void *), void *argument, const int *keep, size_t 
         return rc;
     int pid = fork();
     if (pid == 0) {
-        ik_process_begin_child(flags);
-        default_handlers();
-        close_all_but(keep, n_keep);
+        be_native_child(&saved, keep, n_keep, flags);
         _exit(run(argument));
     }
-    rc = ik_process_after_fork(pid < 0 ? -errno : pid);
+    return finish(pid < 0 ? -errno : pid, ret_pidfd);
+}
+
+int ik_process_fork_lean(int (*run)(void *), void *argument, const int *keep, size_t n_keep,
+                         int flags, const ik_lean_range *memory, size_t n_memory, int *ret_pidfd) {
+    int own_keep[IK_PROCESS_MOST_KEPT];
+    if (n_keep > IK_PROCESS_MOST_KEPT)
+        return -EINVAL;
+    int rc = ik_process_before_fork();
     if (rc < 0)
         return rc;
-    *ret_pidfd = rc;
-    return pid;
+    /* On the stack, which the child has in any case; the thread's own data may be in the heap. */
+    before known = saved;
+    for (size_t i = 0; i < n_keep; i++)
+        own_keep[i] = keep[i];
+    int pid = ik_lean_fork(memory, n_memory);
+    if (pid == 0) {
+        be_native_child(&known, own_keep, n_keep, flags);
+        _exit(run(argument));
+    }
+    return finish(pid, ret_pidfd);
 }
 
 int ik_process_die_with_parent(int signum, int parent) {

@@ -3,7 +3,11 @@
 #pragma once
 #include <stddef.h>
 
+#include "lean.h"
+
 enum ik_process_flags { IK_PROCESS_DIE_WITH_PARENT = 1 << 0 };
+
+enum ik_process_limits { IK_PROCESS_MOST_KEPT = 64 };
 
 /* A fork is before_fork, fork(2), then begin_child in the child and after_fork in the parent, all
  * in one thread. Python makes the three calls around os.fork(); ik_process_fork() does it all.
@@ -29,6 +33,12 @@ int ik_process_unblock(void);
  * allocate if the parent has threads. The pid; or -errno, as above and as fork(2). */
 int ik_process_fork(int (*run)(void *), void *argument, const int *keep, size_t n_keep, int flags,
                     int *ret_pidfd);
+
+/* As ik_process_fork, but the child has of our private memory only what C runs on and the ranges of
+ * memory, so the fork costs the same however large we are. What run uses lies there or in shared
+ * memory. At most IK_PROCESS_MOST_KEPT descriptors: -EINVAL. See lean.h. */
+int ik_process_fork_lean(int (*run)(void *), void *argument, const int *keep, size_t n_keep,
+                         int flags, const ik_lean_range *memory, size_t n_memory, int *ret_pidfd);
 
 /* Have the kernel send signum to this process when its parent ends, or send it now if the parent is
  * not parent (its pid, seen before the fork) any more. 0 or -EINVAL. See PR_SET_PDEATHSIG(2const).

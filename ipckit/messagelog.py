@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ipckit import wait
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.process import Child, fork_native
+from ipckit.process import Child, NativeMemory, fork_native
 
 __all__ = ["LogStats", "LogWriter", "MessageLog", "Record", "records"]
 
@@ -164,19 +164,16 @@ class LogWriter:
             raise MemoryError(f"no memory to map for the log {self.path}")
         # Mapped as long as this object lives, beyond close(): another thread may still be unlocking.
         self._shared = ffi.gc(mapped, lib.ik_log_unmap)
-        self.native: Any = ffi.new(
-            "ik_log *",
-            {
-                "reader": self._own.get("reader", -1),
-                "file": self._own.get("file", -1),
-                "writer": self._own["writer"],
-                "wake": self._own["wake"],
-                "format": _FORMATS[self.format],
-                "durability": _DURABILITIES[self.durability],
-                "shared": self._shared,
-            },
-        )
+        self._memory = NativeMemory("ik_log")
+        self.native: Any = self._memory.argument
         """the C handle (``ik_log *``), for services written in C; valid while this object lives"""
+        self.native.reader = self._own.get("reader", -1)
+        self.native.writer = self._own["writer"]
+        self.native.file = self._own.get("file", -1)
+        self.native.wake = self._own["wake"]
+        self.native.format = _FORMATS[self.format]
+        self.native.durability = _DURABILITIES[self.durability]
+        self.native.shared = self._shared
 
     def append(
         self, data: Buffer, *, peer: str = "", connection: int = 0, timeout: float | None = None
@@ -324,9 +321,8 @@ class MessageLog(LogWriter):
     def _start_logger(self) -> Child:
         native = self.native
         # Not the write end: holding it, the logger would never see its end of file.
-        return fork_native(
-            _RUN_LOGGER, native, keep=(native.reader, native.file, native.wake), die_with_parent=False
-        )
+        keep = (native.reader, native.file, native.wake)
+        return fork_native(_RUN_LOGGER, native, keep=keep, die_with_parent=False, memory=self._memory)
 
     @property
     def logger(self) -> Child:

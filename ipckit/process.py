@@ -10,6 +10,7 @@ there. Linux only: they need pidfds, prctl(2) and /proc.
 """
 
 import errno
+import mmap
 import os
 import select
 import signal
@@ -29,7 +30,7 @@ from ipckit.errors import Closed, check
 from ipckit.vectored import Descriptor
 from ipckit.wait import READ, deadline, ready, remaining, until_ready
 
-__all__ = ["Child", "ExitStatus", "Reaper", "die_with_parent", "fork", "fork_native", "wait_any"]
+__all__ = ["Child", "ExitStatus", "NativeMemory", "Reaper", "die_with_parent", "fork", "fork_native", "wait_any"]
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
@@ -440,7 +441,12 @@ def _code_of(stop: SystemExit) -> int:
 
 
 def fork_native(
-    main: Any, argument: Any, *, keep: Iterable[Descriptor] = (), die_with_parent: bool = True
+    main: Any,
+    argument: Any,
+    *,
+    keep: Iterable[Descriptor] = (),
+    die_with_parent: bool = True,
+    memory: "NativeMemory | None" = None,
 ) -> Child:
     """Run the C function ``main(argument)`` in a child process that never enters Python.
 
@@ -453,15 +459,38 @@ def fork_native(
             child has its own copy of the memory.
         keep: the descriptors (or objects with ``fileno()``) that stay open beside 0, 1 and 2.
         die_with_parent: as fork().
-    Raises: as fork().
+        memory: None copies all memory, as fork(2) does, at a cost that grows with this process. Or a
+            NativeMemory: then the child has that, shared memory, its stack and the C library, and
+            the fork costs the same in a large process as in a small one. *argument* and all that it
+            points to lie there, and *main* is a function of ipckit's own.
+    Raises: as fork(). ValueError for more than 64 descriptors with *memory*.
     Threads: safe in a process with threads as long as *main* neither allocates nor takes a lock of
         the parent. See fork(2).
     """
     numbers = sorted({number for number in map(_number, keep) if number > 2})
     flags = lib.IK_PROCESS_DIE_WITH_PARENT if die_with_parent else 0
     pidfd = ffi.new("int *")
-    pid = _forked(lib.ik_process_fork(main, argument, numbers, len(numbers), flags, pidfd))
-    return Child(pid, pidfd[0])
+    if memory is None:
+        rc = lib.ik_process_fork(main, argument, numbers, len(numbers), flags, pidfd)
+    elif len(numbers) > lib.IK_PROCESS_MOST_KEPT:
+        raise ValueError(f"at most {lib.IK_PROCESS_MOST_KEPT} descriptors with memory, not {len(numbers)}")
+    else:
+        ranges = memory.ranges
+        rc = lib.ik_process_fork_lean(main, argument, numbers, len(numbers), flags, ranges, len(ranges), pidfd)
+    return Child(_forked(rc), pidfd[0])
+
+
+class NativeMemory:
+    """Private memory for the argument of fork_native(): each child has its own copy of it.
+
+    Args: kind: a cffi type; ``argument`` is a pointer to one, zeroed.
+    """
+
+    def __init__(self, kind: str) -> None:
+        size = ffi.sizeof(kind)
+        self._page = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.argument = ffi.from_buffer(f"{kind} *", self._page)
+        self.ranges = ffi.new("ik_lean_range[]", [(self.argument, size)])
 
 
 def die_with_parent(signum: int = signal.SIGKILL, parent: int | None = None) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from ipckit import wait
 from ipckit._native import ffi, lib
 from ipckit.messagelog import LogStats, MessageLog
-from ipckit.process import ExitStatus, Reaper, fork_native
+from ipckit.process import ExitStatus, NativeMemory, Reaper, fork_native
 from ipckit.signals import SignalQueue
 
 __all__ = ["ForkServer", "ServerStats", "listen"]
@@ -119,17 +119,15 @@ class ForkServer:
         self._last_warning = 0.0
         self._counted = mmap.mmap(-1, ffi.sizeof("ik_echo_counters"))  # shared with the children
         self._counters = ffi.from_buffer("ik_echo_counters *", self._counted)
-        self._peer = ffi.new("char[80]")
         # One for all: each child gets it as it stood at its fork.
-        self._echo = ffi.new(
-            "ik_echo *",
-            {
-                "idle_ns": int((idle_timeout or 0) * 1e9),
-                "log": log.native if log else ffi.NULL,
-                "peer": self._peer,
-                "counters": self._counters,
-            },
-        )
+        self._memory = NativeMemory("ik_echo_job")
+        self._job = self._memory.argument
+        self._job.echo.idle_ns = int((idle_timeout or 0) * 1e9)
+        self._job.echo.peer = self._job.peer
+        self._job.echo.counters = self._counters
+        if log:
+            self._job.log = log.native[0]
+            self._job.echo.log = ffi.addressof(self._job, "log")
 
     def serve(self, *, stop_timeout: float | None = 10.0) -> None:
         """Serve until SIGTERM or SIGINT; then accept no more, let the children finish, return.
@@ -208,12 +206,13 @@ class ForkServer:
         return connection, _endpoint(address)
 
     def _fork(self, connection: socket.socket, peer: str, reaper: Reaper) -> bool:
-        self._echo.socket = connection.fileno()
-        self._echo.connection = self._connections
-        self._peer[0 : len(peer) + 1] = peer.encode() + b"\0"
-        log = (self._log.native.writer, self._log.native.wake) if self._log else ()
+        job = self._job
+        job.echo.socket = connection.fileno()
+        job.echo.connection = self._connections
+        job.peer = peer.encode()
+        keep = (connection, job.log.writer, job.log.wake) if self._log else (connection,)
         try:
-            reaper.add(fork_native(_ECHO, self._echo, keep=(connection, *log)))
+            reaper.add(fork_native(_ECHO, job, keep=keep, memory=self._memory))
         except OSError as error:
             self._pause("fork", error)
             return False
