@@ -110,7 +110,8 @@ static int is_library(const mapping *m, const libraries *ours) {
     return 0;
 }
 
-/* before is the mapping just below, if it is one of ours: zeroed data follows its library unnamed. */
+/* before is the mapping just below, if it is one of ours: zeroed data follows its library unnamed.
+ */
 static int is_needed(const mapping *m, const libraries *ours, const mapping *before) {
     int here;
     if (is_library(m, ours) || (m->unnamed && before->end == m->start))
@@ -210,7 +211,8 @@ enum { SANITIZED = 0 };
 /* These keep memory of their own in our address space, which only they know of. */
 static int watched_by_a_tool(void) {
     const char *preloaded = getenv("LD_PRELOAD");
-    return SANITIZED || (preloaded && (strstr(preloaded, "vgpreload") || strstr(preloaded, "san.so")));
+    return SANITIZED ||
+           (preloaded && (strstr(preloaded, "vgpreload") || strstr(preloaded, "san.so")));
 }
 
 static int plain_fork(void) {

@@ -17,5 +17,6 @@ typedef struct ik_lean_range {
 
 /* Fork so that the child has, of private memory, only what C runs on and what lies in keep (shared
  * memory it always has). Where that can't be done (no _Fork, a sanitizer, valgrind), an ordinary
- * fork. As fork(2): 0 in the child, the pid, or -errno. The handlers of pthread_atfork don't run. */
+ * fork. As fork(2): 0 in the child, the pid, or -errno. The handlers of pthread_atfork don't run.
+ */
 int ik_lean_fork(const ik_lean_range *keep, size_t n_keep);

@@ -30,7 +30,16 @@ from ipckit.errors import Closed, check
 from ipckit.vectored import Descriptor
 from ipckit.wait import READ, deadline, ready, remaining, until_ready
 
-__all__ = ["Child", "ExitStatus", "NativeMemory", "Reaper", "die_with_parent", "fork", "fork_native", "wait_any"]
+__all__ = [
+    "Child",
+    "ExitStatus",
+    "NativeMemory",
+    "Reaper",
+    "die_with_parent",
+    "fork",
+    "fork_native",
+    "wait_any",
+]
 
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
@@ -476,7 +485,9 @@ def fork_native(
         raise ValueError(f"at most {lib.IK_PROCESS_MOST_KEPT} descriptors with memory, not {len(numbers)}")
     else:
         ranges = memory.ranges
-        rc = lib.ik_process_fork_lean(main, argument, numbers, len(numbers), flags, ranges, len(ranges), pidfd)
+        rc = lib.ik_process_fork_lean(
+            main, argument, numbers, len(numbers), flags, ranges, len(ranges), pidfd
+        )
     return Child(_forked(rc), pidfd[0])
 
 

@@ -220,6 +220,14 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_still_loses_nothing(tmp_path):
     assert (tmp_path / "log").read_bytes() == b"before"
 
 
+def test_a_signal_too_early_or_twice_still_ends_it_with_status_0(tmp_path):
+    for number in range(5):
+        with Served(tmp_path / f"log{number}") as server:
+            for _ in range(3):
+                server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(20) == 0
+
+
 def test_what_had_come_before_the_stop_is_answered(tmp_path):
     with Served(tmp_path / "log") as server, server.connect() as connection:
         assert exchange(connection, b"a") == b"a"

@@ -3,6 +3,7 @@
 
 import contextlib
 import logging
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ import click
 from ipckit.messagelog import MessageLog
 from ipckit.servers import client as split_client
 from ipckit.servers.fork import ForkServer, ServerStats, listen
+from ipckit.signals import blocked, sigaction
 
 _SECONDS = click.FloatRange(min=0, min_open=True)
 _PORT = click.IntRange(0, 65535)
@@ -69,9 +71,12 @@ def serve(
     """
     assert model == "fork"
     logging.basicConfig(format="ipckit: %(message)s")
-    with _one_line(f"{host}:{port}"):
-        listener = listen(host, port)
-    with listener:
+    # From here on a signal to stop is kept until the server takes it: none comes too early.
+    with (
+        blocked([signal.SIGTERM, signal.SIGINT]),
+        _one_line(f"{host}:{port}"),
+        listen(host, port) as listener,
+    ):
         with _one_line(path):
             log = MessageLog(path, format=format, durability=durability)
         server = ForkServer(listener, log, max_children=max_children, idle_timeout=idle_timeout)
@@ -81,6 +86,8 @@ def serve(
         stats = server.stats()
         with _one_line(path):
             log.close(timeout=stop_timeout)
+        for stop in (signal.SIGTERM, signal.SIGINT):  # asked twice: we end anyway, and with status 0
+            sigaction(stop, signal.SIG_IGN)
     _show(stats)
 
 

@@ -139,52 +139,46 @@ class ForkServer:
         self._listener.setblocking(False)
         with SignalQueue([signal.SIGTERM, signal.SIGINT]) as signals, Reaper() as reaper:
             try:
-                while not self._stop_asked(signals, reaper):
-                    self._accept(reaper)
+                self._serve_until(signals, reaper)
             finally:
                 self._listener.close()
                 if self._held is not None:
                     self._held[0].close()
                 self._stop(reaper, wait.deadline(stop_timeout))
 
-    def _stop_asked(self, signals: SignalQueue, reaper: Reaper) -> bool:
-        """Wait until there is something to do; do all of it but accept; True if a signal came."""
-        poll = select.poll()
-        poll.register(signals, select.POLLIN)
-        self._wait(poll, reaper, listening=True)
-        try:
-            signals.recv(timeout=0)
-        except TimeoutError:
-            return False
-        return True
+    def _serve_until(self, signals: SignalQueue, reaper: Reaper) -> None:
+        while True:
+            pause = self._paused_until - time.monotonic()
+            listening = pause <= 0 and len(reaper) < self._max_children
+            patience = 0.0 if listening and self._held else pause if pause > 0 else None
+            ready = self._wait(reaper, [signals, self._listener] if listening else [signals], patience)
+            if signals.fileno() in ready:
+                signals.recv_many(timeout=0)
+                return
+            if listening and (self._held or self._listener.fileno() in ready):
+                self._accept(reaper)
 
     def _wait(
-        self, poll: "select.poll", reaper: Reaper, *, listening: bool, seconds: float | None = None
-    ) -> None:
-        """poll(2) on what is registered already and on our children, our logger and the listener."""
-        pause = self._paused_until - time.monotonic()
-        poll.register(reaper, select.POLLIN)
-        if self._log:
-            poll.register(self._log, select.POLLIN)
-        if listening and pause <= 0 and len(reaper) < self._max_children:
-            poll.register(self._listener, select.POLLIN)
-            seconds = 0.0 if self._held else None
-        elif listening and pause > 0:
-            seconds = pause
-        poll.poll(None if seconds is None else seconds * 1000)
-        for _, status in reaper.reap():
-            self._ends[self._how(status)] += 1
-            self._paused_until = 0.0  # now there is one of what was short
-        if self._log:
+        self, reaper: Reaper, others: "list[SignalQueue | socket.socket]", seconds: float | None
+    ) -> set[int]:
+        """Wait for *others*, for our children and our logger; see to those two; the ready descriptors."""
+        poll = select.poll()
+        for source in (reaper, *others, *([self._log] if self._log else [])):
+            poll.register(source, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)}
+        if reaper.fileno() in ready:
+            for _, status in reaper.reap():
+                self._ends[self._how(status)] += 1
+                self._paused_until = 0.0  # now there is one of what was short
+        if self._log and self._log.fileno() in ready:
             self._log.supervise()
+        return ready
 
     @staticmethod
     def _how(status: ExitStatus) -> str:
         return _ENDS.get(status.code, str(status)) if status.exited else "killed"
 
     def _accept(self, reaper: Reaper) -> None:
-        if len(reaper) >= self._max_children or time.monotonic() < self._paused_until:
-            return
         if self._held is None:
             self._held = self._next_connection()
         if self._held is not None and self._fork(*self._held, reaper):
@@ -229,10 +223,10 @@ class ForkServer:
     def _stop(self, reaper: Reaper, deadline_ns: int) -> None:
         reaper.send_signal(signal.SIGTERM)
         while len(reaper) and wait.remaining(deadline_ns) != 0:
-            self._wait(select.poll(), reaper, listening=False, seconds=wait.remaining(deadline_ns))
+            self._wait(reaper, [], wait.remaining(deadline_ns))
         reaper.send_signal(signal.SIGKILL)
         while len(reaper):
-            self._wait(select.poll(), reaper, listening=False)
+            self._wait(reaper, [], None)
 
     def stats(self) -> ServerStats:
         """The counters of this moment."""
