@@ -2,6 +2,7 @@
 #include "lean.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
 #include <stdint.h>
@@ -15,8 +16,9 @@
 /* glibc 2.34: fork without the handlers of pthread_atfork, whose code the child does not have. */
 extern pid_t _Fork(void) __attribute__((weak));
 
-/* Memory that came since the marks were set is copied until they are set anew. */
-enum { MOST_RANGES = 1024, MOST_KEPT = 8, MOST_FORKS = 512 };
+/* Memory that came since the marks were set is copied until they are set anew: when the process has
+ * grown by GROWN_PAGES, and now and then in case it only changed. */
+enum { MOST_RANGES = 1024, MOST_KEPT = 8, MOST_FORKS = 512, GROWN_PAGES = 1024 };
 
 typedef struct mapping {
     uintptr_t start, end;
@@ -32,6 +34,7 @@ static struct {
     pthread_mutex_t lock;
     int handlers; /* installed */
     int forks;    /* since the marks were set; -1: there are none */
+    long pages;   /* the size of the process then */
     pid_t thread; /* whose stack and thread-local storage are not marked */
     ik_lean_range kept[MOST_KEPT];
     size_t n_kept;
@@ -83,6 +86,17 @@ static int has(const mapping *m, const void *address) {
 static int overlaps(const mapping *m, const ik_lean_range *r) {
     uintptr_t start = (uintptr_t)r->start;
     return start < m->end && start + r->len > m->start;
+}
+
+/* The size of this process in pages; 0 if /proc does not tell. */
+static long total_pages(void) {
+    char text[64] = "";
+    int fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    ssize_t n = read(fd, text, sizeof text - 1);
+    close(fd);
+    return n > 0 ? strtol(text, NULL, 10) : 0;
 }
 
 /* --- what a C child runs on --------------------------------------------------------------------*/
@@ -163,6 +177,7 @@ static int mark(const ik_lean_range *keep, size_t n_keep) {
     memcpy(state.kept, keep, n_keep * sizeof *keep);
     state.n_kept = n_keep;
     state.thread = gettid();
+    state.pages = total_pages();
     FILE *smaps = fopen("/proc/self/smaps", "re");
     if (smaps == NULL)
         return 0;
@@ -180,7 +195,8 @@ static int mark(const ik_lean_range *keep, size_t n_keep) {
 
 static int still_marked(const ik_lean_range *keep, size_t n_keep) {
     return state.forks >= 0 && state.forks < MOST_FORKS && state.thread == gettid() &&
-           state.n_kept == n_keep && memcmp(state.kept, keep, n_keep * sizeof *keep) == 0;
+           state.n_kept == n_keep && memcmp(state.kept, keep, n_keep * sizeof *keep) == 0 &&
+           total_pages() < state.pages + GROWN_PAGES;
 }
 
 /* --- other forks of this process ---------------------------------------------------------------*/

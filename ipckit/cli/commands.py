@@ -36,23 +36,66 @@ def group() -> None:
 
 
 @group.command()
-@click.option("--model", type=click.Choice(["fork"]), default="fork", show_default=True,
-              help="How clients are served: a process per connection.")  # fmt: skip
+@click.option(
+    "--model",
+    type=click.Choice(["fork"]),
+    default="fork",
+    show_default=True,
+    help="How clients are served: a process per connection.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", type=_PORT, default=7007, show_default=True,
-              help="The port to listen on; 0 takes a free one and prints it.")  # fmt: skip
-@click.option("--log", "path", type=click.Path(dir_okay=False), default="echomsg.txt", show_default=True,
-              help="The file that the logger child appends to.")  # fmt: skip
-@click.option("--format", type=click.Choice(["raw", "record"]), default="raw", show_default=True,
-              help="raw: the bytes as they came; record: a JSON line each.")  # fmt: skip
-@click.option("--durability", type=click.Choice(["none", "written", "synced"]), default="none",
-              show_default=True, help="What an echo waits for: the log's pipe, the file, the disk.")  # fmt: skip
-@click.option("--max-children", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Connections served at a time; further ones wait.")  # fmt: skip
-@click.option("--idle-timeout", type=_SECONDS, default=60.0, show_default=True, metavar="SECONDS",
-              help="Close a client that sends nothing, or reads nothing, for so long.")  # fmt: skip
-@click.option("--stop-timeout", type=_SECONDS, default=10.0, show_default=True, metavar="SECONDS",
-              help="At the stop, kill what has not ended after so long.")  # fmt: skip
+@click.option(
+    "--port",
+    type=_PORT,
+    default=7007,
+    show_default=True,
+    help="The port to listen on; 0 takes a free one and prints it.",
+)
+@click.option(
+    "--log",
+    "path",
+    type=click.Path(dir_okay=False),
+    default="echomsg.txt",
+    show_default=True,
+    help="The file that the logger child appends to.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(["raw", "record"]),
+    default="raw",
+    show_default=True,
+    help="raw: the bytes as they came; record: a JSON line each.",
+)
+@click.option(
+    "--durability",
+    type=click.Choice(["none", "written", "synced"]),
+    default="none",
+    show_default=True,
+    help="What an echo waits for: the log's pipe, the file, the disk.",
+)
+@click.option(
+    "--max-children",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Connections served at a time; further ones wait.",
+)
+@click.option(
+    "--idle-timeout",
+    type=_SECONDS,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Close a client that sends nothing, or reads nothing, for so long.",
+)
+@click.option(
+    "--stop-timeout",
+    type=_SECONDS,
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="At the stop, kill what has not ended after so long.",
+)
 def serve(
     model: str,
     host: str,
@@ -128,8 +171,14 @@ def client(host: str, port: int) -> None:
     "--clients", type=click.IntRange(1, 64), default=8, show_default=True, help="Clients at a time."
 )
 @click.option("--messages", type=click.IntRange(1), default=500, show_default=True, help="Messages of each.")
-@click.option("--log", "path", type=click.Path(dir_okay=False), default="echomsg.txt", show_default=True,
-              help="The log; what is in it already stays.")  # fmt: skip
+@click.option(
+    "--log",
+    "path",
+    type=click.Path(dir_okay=False),
+    default="echomsg.txt",
+    show_default=True,
+    help="The log; what is in it already stays.",
+)
 def demo(clients: int, messages: int, path: str) -> None:
     """Start the echo server on loopback, drive it with real clients, verify its log, stop it."""
     from ipckit.cli import demo as demonstration
