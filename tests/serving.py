@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ipckit.messagelog import records
 
+BENCH = Path(__file__).parent.parent / "build" / "bench"  # the C programs of bench/c, built by make
+
 
 class Served:
     """``ipckit serve`` with *options* on a free port of loopback, logging to *path*."""

@@ -4,8 +4,11 @@ import os
 import random
 import resource
 import select
+import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 
@@ -141,9 +144,6 @@ def test_it_pickles_to_a_spawned_child(tmp_path):
         "        child.start(); child.join()\n"
         "        assert child.exitcode == 0\n"
     )
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-W", "error", str(script), str(path)], check=True, timeout=50)
     assert content(path) == b"from a spawned child\n"
 
@@ -447,6 +447,46 @@ def _own_tmpfs(path):
         return False
     libc.mount(b"none", b"/", None, ms_rec_private, None)
     return libc.mount(b"tmpfs", str(path).encode(), b"tmpfs", 0, b"size=256k") == 0
+
+
+def test_after_a_failed_fdatasync_nothing_is_promised_any_more(tmp_path):
+    strace = shutil.which("strace")
+    if not strace:
+        pytest.skip("strace injects the error")
+    script = (
+        "import sys\n"
+        "from ipckit.messagelog import MessageLog\n"
+        "log = MessageLog(sys.argv[1], durability='synced')\n"
+        "log.append(b'1'); log.append(b'2')\n"
+        "for text in (b'3', b'4'):\n"
+        "    try:\n"
+        "        log.append(text)\n"
+        "    except OSError as error:\n"
+        "        print(error)\n"
+        "print(log.stats().sync_error)\n"
+        "try:\n"
+        "    log.close()\n"
+        "except OSError as error:\n"
+        "    print(error)\n"
+    )
+    path = tmp_path / "log"
+    inject = [
+        strace,
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "trace=fdatasync",
+        "-e",
+        "inject=fdatasync:error=EIO:when=3",
+    ]
+    done = subprocess.run(
+        [*inject, sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=50
+    )
+    failed = f"[Errno 5] Input/output error: '{path}'"
+    assert (done.stdout.splitlines(), done.stderr) == ([failed, failed, "5", failed], "")
+    assert content(path) == b"1234", "written all the same"
 
 
 # --- refusals and misuse -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from serving import Served
+from serving import BENCH, Served
 
 CLIENT = [sys.executable, "-m", "ipckit", "client"]
 
@@ -45,6 +45,16 @@ def test_binary_input_and_a_last_line_without_its_end(server):
 @pytest.mark.parametrize("quit", [b"q\nnever sent\n", b"Q\nnever sent\n", b" Q\r\nnever sent\n", b"q"])
 def test_q_ends_the_sending_and_the_answer_still_comes(server, quit):
     assert run_client(server.address, b"one\ntwo\n" + quit) == (0, b"one\ntwo\n", "")
+
+
+def test_against_the_c_server(tmp_path):
+    command = [BENCH / "fork_server", "0", tmp_path / "log"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        host, port = process.stdout.readline().split()[-1].split(":")
+        text = b"one\n" + os.urandom(100_000).replace(b"\n", b"x") + b"\n"
+        assert run_client((host, port), text + b"q\n") == (0, text, "")
+        process.terminate()
+    assert (tmp_path / "log").read_bytes() == text
 
 
 def test_no_input_at_all(server):

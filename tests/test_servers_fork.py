@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import eventually
-from serving import Served, exchange, recv_exact, streams, wait_gone
+from serving import BENCH, Served, exchange, recv_exact, streams, wait_gone
 
 from ipckit.messagelog import MessageLog
 from ipckit.servers.fork import ForkServer, listen
@@ -33,6 +33,16 @@ def test_it_echoes_logs_and_stops(tmp_path):
     assert code == 0
     assert (tmp_path / "log").read_bytes() == b"hello\n" + b"\0\xff" * 1000
     assert "1 (1 done)" in printed
+
+
+def test_the_c_client_gets_its_answer(tmp_path):
+    data = os.urandom(500_000)
+    with Served(tmp_path / "log") as server:
+        client = [BENCH / "echo_client", *map(str, server.address)]
+        done = subprocess.run(client, input=data, capture_output=True, timeout=50)
+        assert (done.returncode, done.stdout) == (0, data)
+        assert server.stop()[0] == 0
+    assert (tmp_path / "log").read_bytes() == data
 
 
 def test_half_close_gets_the_whole_answer(tmp_path):
