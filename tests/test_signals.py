@@ -654,6 +654,13 @@ def test_blocked_is_of_the_calling_thread():
     assert mask() == set()
 
 
+def test_a_program_inherits_what_is_blocked():
+    command = ["grep", "SigBlk", "/proc/self/status"]
+    with blocked((USR1,)):
+        line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert int(line.split()[1], 16) == 1 << (USR1 - 1)
+
+
 # --- SignalQueue ---------------------------------------------------------------------------------
 
 
@@ -940,6 +947,17 @@ def test_too_many_pending_signals_are_a_blocking_io_error(forked):
     assert child.wait() == 0
 
 
+def test_beyond_the_limit_a_standard_signal_loses_its_siginfo(forked):
+    def target(ready):
+        resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0))
+        got = []
+        with sigaction(USR1, got.append, info=True):
+            sigqueue(os.getpid(), USR1, 7)
+        assert got == [(USR1, 0, 0, 0, 0, 0, 0, 0)]
+
+    assert forked(target).wait() == 0
+
+
 # --- the handler in C ----------------------------------------------------------------------------
 
 
@@ -962,10 +980,16 @@ def test_the_handler_in_c_calls_only_what_is_async_signal_safe(tmp_path):
     assert "syscall" in called
 
 
-# --- the example ---------------------------------------------------------------------------------
+# --- the examples ---------------------------------------------------------------------------------
 
 
 def test_the_example_runs():
     run = subprocess.run([sys.executable, ROOT / "examples/signal_values.py"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "the child sent 0, 1, 4, 9, 16 and exited with 0"
+
+
+def test_the_example_of_the_reference_page_runs(capsys):
+    text = (ROOT / "docs/reference/signals.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    assert capsys.readouterr().out == f"42 from {os.getpid()}\n"
