@@ -725,7 +725,7 @@ def test_a_thousand_exits_at_once_beside_a_popen_of_somebody_else():
             return code
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         with Reaper() as reaper:
-            children = [reaper.fork(ends, n % 256, keep=[reader]) for n in range(1000)]
+            children = [reaper.fork(ends, n % 256) for n in range(1000)]
             assert len(reaper) == 1000
             assert select.select([reaper], [], [], 0)[0] == []
             os.write(writer, bytes(1000))
@@ -941,6 +941,28 @@ def test_a_reaper_in_another_thread_works_by_its_descriptor():
     assert sorted(ended) == list(range(10))
 
 
+def test_a_reaper_in_asyncio():
+    async def run():
+        loop = asyncio.get_running_loop()
+        gone = loop.create_future()
+
+        def reap():
+            ended.extend(status.code for _, status in reaper.reap())
+            if len(ended) == 10:
+                gone.set_result(None)
+
+        loop.add_reader(reaper, reap)
+        for code in range(10):
+            reaper.fork_native(native("_exit"), ffi.cast("void *", code))
+        await asyncio.wait_for(gone, PATIENCE)
+        loop.remove_reader(reaper)
+
+    ended = []
+    with Reaper() as reaper:
+        asyncio.run(run())
+    assert sorted(ended) == list(range(10))
+
+
 @pytest.mark.parametrize("waits", ["reaper", "child"])
 @pytest.mark.parametrize("in_a_thread", [False, True])
 def test_waiting_while_the_handler_reaps_ends(waits, in_a_thread):
@@ -956,3 +978,14 @@ def test_waiting_while_the_handler_reaps_ends(waits, in_a_thread):
             waiting.wait(PATIENCE)
             assert child.status.code == code
             reaper.wait(PATIENCE)
+
+
+# --- the example -----------------------------------------------------------------------------------
+
+
+def test_the_example_runs():
+    path = Path(__file__).parent.parent / "examples" / "workers.py"
+    lines = script(path.read_text()).splitlines()
+    assert lines[0] == "worker 0 killed by SIGKILL"
+    assert sorted(lines[1:3]) == ["worker 1 exited with 1", "worker 2 exited with 2"]
+    assert lines[3] == "no child is left"
