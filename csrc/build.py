@@ -7,9 +7,13 @@ structs and prototypes; anything else belongs in the .c file.
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from cffi import FFI
+
+if not sys.platform.startswith("linux"):
+    sys.exit(f"ipckit builds on Linux so far, and this is {sys.platform}")
 
 HERE = Path("csrc")
 HEADERS = sorted(HERE.glob("*.h"))
