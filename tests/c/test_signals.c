@@ -124,6 +124,24 @@ static void a_full_ring_leaves_the_rest_to_the_kernel(void) {
     assert(!is_blocked(signum) && !is_pending(signum));
 }
 
+static void what_is_held_back_can_be_blocked_for_good(void) {
+    int signum = SIGRTMIN + 1;
+    catch(signum);
+    while (!is_blocked(signum))
+        assert(ik_signals_queue(getpid(), signum, 0) == 0);
+    uint64_t set = UINT64_C(1) << (signum - 1), added;
+    ik_signals_block(set, &added);
+    assert(added == set);
+    ik_signals_look look = {0};
+    assert(ik_signals_enter(signum, &look) == 1);
+    while (ik_signals_next(&look))
+        ik_signals_begin(&look, set);
+    ik_signals_leave(&look);
+    assert(is_blocked(signum)); /* room again, but now it is the caller's */
+    ik_signals_unblock(added);
+    assert(!is_blocked(signum));
+}
+
 static void the_interrupted_code_keeps_its_errno(void) {
     catch(SIGUSR1);
     errno = EXDEV;
@@ -148,6 +166,7 @@ static void a_look_within_a_look_waits_for_the_outer_one(void) {
 int main(void) {
     each_kind_has_its_fields_and_zero_in_the_others();
     a_full_ring_leaves_the_rest_to_the_kernel();
+    what_is_held_back_can_be_blocked_for_good();
     the_interrupted_code_keeps_its_errno();
     a_look_within_a_look_waits_for_the_outer_one();
     return 0;
