@@ -45,6 +45,7 @@ SA_NODEFER: int = lib.IK_SA_NODEFER
 
 _FLAGS = SA_RESTART | SA_NOCLDSTOP | SA_NOCLDWAIT | SA_RESETHAND | SA_NODEFER
 _EVERY = (1 << 64) - 1
+_VALID = frozenset(signal.valid_signals())  # each call makes the set anew
 
 
 class SigInfo(NamedTuple):
@@ -82,7 +83,7 @@ def _name(signum: int) -> str:
 
 def _valid(signum: int) -> int:
     number = operator.index(signum)
-    if number not in signal.valid_signals():
+    if number not in _VALID:
         raise ValueError(f"{signum!r} is not the number of a signal")
     return number
 
