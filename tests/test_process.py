@@ -291,7 +291,8 @@ def test_output_is_flushed_once(tmp_path):
         print("after")
     """
     with open(tmp_path / "out", "w+") as out:  # a file, so that Python buffers blocks
-        subprocess.run([sys.executable, "-c", text], stdout=out, check=True, timeout=PATIENCE)
+        buffering = {**os.environ, "PYTHONUNBUFFERED": ""}
+        subprocess.run([sys.executable, "-c", text], stdout=out, env=buffering, check=True, timeout=PATIENCE)
         out.seek(0)
         assert out.read() == "before\nchild\nchild\nafter\n"
 
