@@ -35,11 +35,6 @@ USR2 = signal.SIGUSR2
 ROOT = Path(__file__).parent.parent
 WHOLE = bool(os.environ.get("IPCKIT_PROOF"))
 
-# With the first thread glibc takes signal 33 for itself: let that be before a test looks.
-first = threading.Thread(target=int)
-first.start()
-first.join()
-
 
 def send_values(ready, pid, count, refused):
     """A child that queues 0, 1, ... with RT; the file *refused* tells of the first EAGAIN, or of the end."""
