@@ -6,6 +6,7 @@
  * than a chunk is sent as several in one lane, a number that only its sender uses, and put together
  * by the reader; the chunks of other lanes may come in between.
  */
+#pragma once
 #include <stddef.h>
 #include <stdint.h>
 

@@ -4,6 +4,7 @@
  * handler, which makes the interpreter call signals.py. That looks with the calls below:
  * enter, (next, begin)*, leave. A set of signals is a uint64_t: bit n - 1 is signal n.
  */
+#pragma once
 #include <stdint.h>
 
 extern const int IK_SA_RESTART;

@@ -4,6 +4,7 @@
  * non-blocking descriptor, and any other deadline, is waited for by poll(2). SIGPIPE is never
  * raised.
  */
+#pragma once
 #include <stddef.h>
 #include <stdint.h>
 

@@ -6,6 +6,8 @@ The rooms, lowest first; each imports only from those before it:
     errors      Closed, PeerDied, Corrupt; every other error is the OSError that errno means
     wait        timeouts as one deadline per operation; waiting for a descriptor
     vectored    readv, writev and variants that move everything
+    sockets     flags, time limits, urgent data, descriptors and credentials on any socket
+    pipes       framed messages and bytes over one pipe and over two; splice, tee
     signals     sigaction with its flags and siginfo, signals by descriptor, sigqueue
     process     fork, children held by a pidfd, the reaper
     messagelog  many writers, one pipe, a logger child, a file
@@ -13,6 +15,7 @@ The rooms, lowest first; each imports only from those before it:
     cli         ipckit serve, client, demo
 """
 
+from ipckit import sockets as sockets
 from ipckit.errors import Closed as Closed
 from ipckit.errors import Corrupt as Corrupt
 from ipckit.errors import PeerDied as PeerDied
@@ -21,6 +24,10 @@ from ipckit.messagelog import LogWriter as LogWriter
 from ipckit.messagelog import MessageLog as MessageLog
 from ipckit.messagelog import Record as Record
 from ipckit.messagelog import records as records
+from ipckit.pipes import duplex as duplex
+from ipckit.pipes import pipe as pipe
+from ipckit.pipes import splice as splice
+from ipckit.pipes import tee as tee
 from ipckit.process import Child as Child
 from ipckit.process import ExitStatus as ExitStatus
 from ipckit.process import Reaper as Reaper
@@ -28,6 +35,12 @@ from ipckit.process import die_with_parent as die_with_parent
 from ipckit.process import fork as fork
 from ipckit.process import fork_native as fork_native
 from ipckit.process import wait_any as wait_any
+from ipckit.signals import SA_NOCLDSTOP as SA_NOCLDSTOP
+from ipckit.signals import SA_NOCLDWAIT as SA_NOCLDWAIT
+from ipckit.signals import SA_NODEFER as SA_NODEFER
+from ipckit.signals import SA_RESETHAND as SA_RESETHAND
+from ipckit.signals import SA_RESTART as SA_RESTART
+from ipckit.signals import Action as Action
 from ipckit.signals import SigInfo as SigInfo
 from ipckit.signals import SignalQueue as SignalQueue
 from ipckit.signals import blocked as blocked

@@ -67,6 +67,9 @@ def test_a_log_in_use_is_one_line(tmp_path):
             "",
             f"Error: {path}: another process writes this log\n",
         )
+        status, out, errors = run("demo", "--log", path)
+        assert (status, errors) == (1, f"Error: {path}: another process writes this log\n")
+        assert "verified" not in out
         assert server.stop()[0] == 0
 
 

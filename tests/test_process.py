@@ -39,14 +39,6 @@ def script(text, *options, **more):
     return done.stdout
 
 
-@pytest.fixture(scope="module", autouse=True)
-def a_thread_ran():
-    """The C library catches a signal of its own from the first thread on: not what a test left behind."""
-    thread = threading.Thread(target=int)
-    thread.start()
-    thread.join()
-
-
 @pytest.fixture
 def pipe():
     reader, writer = os.pipe()

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ipckit.messagelog import MessageLog
+from ipckit.pipes import Writer, pipe
 from ipckit.process import Child, fork
 from ipckit.servers.fork import ForkServer, listen
+from ipckit.signals import blocked
 
 _FIRST_LINES = 8
 
@@ -27,8 +29,12 @@ def run(clients: int, messages: int, path: str) -> int:
     listener = listen()
     address = listener.getsockname()
     console.print(f"echo server on {address[0]}:{address[1]}, a process per connection, log {path}")
-    with fork(_serve, listener, path) as server:
+    news, tell = pipe()
+    with fork(_serve, listener, path, tell) as server:
         listener.close()
+        tell.close()
+        if trouble := news.recv(timeout=30):
+            return _failed(trouble.decode())
         start = time.perf_counter()
         good = _drive(address, clients, messages)
         seconds = time.perf_counter() - start
@@ -46,9 +52,22 @@ def run(clients: int, messages: int, path: str) -> int:
     return 0 if fine else 1
 
 
-def _serve(listener: socket.socket, path: str) -> None:
-    with MessageLog(path) as log:
+def _failed(trouble: str) -> int:
+    Console(stderr=True, highlight=False).print(f"Error: {trouble}", markup=False, soft_wrap=True)
+    return 1
+
+
+def _serve(listener: socket.socket, path: str, tell: Writer) -> int:
+    """The server process; an empty message says that it is ready, any other why it can't be."""
+    try:
+        log = MessageLog(path)
+    except OSError as error:
+        tell.send(f"{path}: {error.strerror}".encode())
+        return 1
+    with log, blocked([signal.SIGTERM]):  # kept for the server, if it came before serve() did
+        tell.send(b"")
         ForkServer(listener, log).serve()
+    return 0
 
 
 def _line(client: int, message: int) -> bytes:
