@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -18,25 +19,27 @@ extern pid_t _Fork(void) __attribute__((weak));
 
 /* Memory that came since the marks were set is copied until they are set anew: when the process has
  * grown by GROWN_PAGES, and now and then in case it only changed. */
-enum { MOST_RANGES = 1024, MOST_KEPT = 8, MOST_FORKS = 512, GROWN_PAGES = 1024 };
-
-typedef struct mapping {
-    uintptr_t start, end;
-    int private, plain, unnamed; /* plain: no device memory, not marked by somebody else */
-    char path[256];
-} mapping;
+enum { MOST_RANGES = 1024, MOST_ASKED = 8, MOST_KEPT = 16, MOST_FORKS = 512, GROWN_PAGES = 1024 };
 
 typedef struct range {
     uintptr_t start, end;
 } range;
 
+typedef struct mapping {
+    range at;
+    int markable; /* private, no device memory, not marked by somebody else */
+    int special;  /* [stack], [vdso], [vvar], ... */
+} mapping;
+
 static struct {
     pthread_mutex_t lock;
-    int handlers; /* installed */
-    int forks;    /* since the marks were set; -1: there are none */
-    long pages;   /* the size of the process then */
-    pid_t thread; /* whose stack and thread-local storage are not marked */
-    ik_lean_range kept[MOST_KEPT];
+    int handlers;                    /* installed */
+    int forks;                       /* since the marks were set; -1: there are none */
+    long pages;                      /* the size of the process then */
+    pid_t thread;                    /* whose stack and thread-local storage are not marked */
+    ik_lean_range asked[MOST_ASKED]; /* what the caller named then */
+    size_t n_asked;
+    range kept[MOST_KEPT]; /* all that is not marked */
     size_t n_kept;
     range marked[MOST_RANGES];
     size_t n_marked;
@@ -45,16 +48,13 @@ static struct {
 /* --- the mappings of this process --------------------------------------------------------------*/
 
 static int parse_head(const char *line, mapping *ret) {
-    char mode[5];
-    int path = 0;
-    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s %*s %*s %*s %n", &ret->start, &ret->end,
-                   mode, &path);
-    if (n != 3)
+    char mode[5], name[5] = "";
+    int n = sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %4s %*s %*s %*s %4s", &ret->at.start,
+                   &ret->at.end, mode, name);
+    if (n < 3)
         return 0;
-    ret->private = mode[3] == 'p';
-    snprintf(ret->path, sizeof ret->path, "%s", line + path);
-    ret->path[strcspn(ret->path, "\n")] = '\0';
-    ret->unnamed = ret->path[0] == '\0';
+    ret->markable = mode[3] == 'p';
+    ret->special = name[0] == '[' && strcmp(name, "[hea") != 0 && strcmp(name, "[ano") != 0;
     return 1;
 }
 
@@ -72,20 +72,15 @@ static int next_mapping(FILE *smaps, mapping *ret) {
         if (!found)
             found = parse_head(line, ret);
         else if (strncmp(line, "VmFlags:", 8) == 0) {
-            ret->plain = is_plain(line);
+            ret->markable &= is_plain(line);
             return 1;
         }
     }
     return 0;
 }
 
-static int has(const mapping *m, const void *address) {
-    return (uintptr_t)address >= m->start && (uintptr_t)address < m->end;
-}
-
-static int overlaps(const mapping *m, const ik_lean_range *r) {
-    uintptr_t start = (uintptr_t)r->start;
-    return start < m->end && start + r->len > m->start;
+static int has(const range *r, const void *address) {
+    return (uintptr_t)address >= r->start && (uintptr_t)address < r->end;
 }
 
 /* The size of this process in pages; 0 if /proc does not tell. */
@@ -101,43 +96,58 @@ static long total_pages(void) {
 
 /* --- what a C child runs on --------------------------------------------------------------------*/
 
-typedef struct libraries {
-    char path[3][256]; /* the C library, the loader, this library */
-} libraries;
+static int keep(uintptr_t start, uintptr_t end) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    if (state.n_kept == MOST_KEPT)
+        return 0;
+    state.kept[state.n_kept++] = (range){start & -page, (end + page - 1) & -page};
+    return 1;
+}
 
-static int find_libraries(FILE *smaps, libraries *ret) {
+/* From its first segment to its last, zeroed data included, which /proc does not tell apart from
+ * whatever the kernel put behind it. */
+static range extent(const struct dl_phdr_info *object) {
+    range all = {UINTPTR_MAX, 0};
+    for (int i = 0; i < object->dlpi_phnum; i++) {
+        const ElfW(Phdr) *segment = &object->dlpi_phdr[i];
+        uintptr_t start = object->dlpi_addr + segment->p_vaddr;
+        if (segment->p_type != PT_LOAD)
+            continue;
+        if (start < all.start)
+            all.start = start;
+        if (start + segment->p_memsz > all.end)
+            all.end = start + segment->p_memsz;
+    }
+    return all;
+}
+
+/* The C library, the loader and this library: counts those found. */
+static int keep_library(struct dl_phdr_info *object, size_t size, void *found) {
+    (void)size;
     const void *inside[] = {(const void *)_Fork, (const void *)getauxval(AT_BASE),
                             (const void *)ik_lean_fork};
-    memset(ret, 0, sizeof *ret);
-    for (mapping m; next_mapping(smaps, &m);)
-        for (int i = 0; i < 3; i++)
-            if (has(&m, inside[i]))
-                memcpy(ret->path[i], m.path, sizeof m.path);
-    rewind(smaps);
-    return ret->path[0][0] && ret->path[1][0] && ret->path[2][0];
-}
-
-static int is_library(const mapping *m, const libraries *ours) {
+    range all = extent(object);
     for (int i = 0; i < 3; i++)
-        if (strcmp(m->path, ours->path[i]) == 0)
-            return 1;
+        if (has(&all, inside[i]))
+            *(int *)found += keep(all.start, all.end);
     return 0;
 }
 
-/* before is the mapping just below, if it is one of ours: zeroed data follows its library unnamed.
- */
-static int is_needed(const mapping *m, const libraries *ours, const mapping *before) {
-    int here;
-    if (is_library(m, ours) || (m->unnamed && before->end == m->start))
-        return 1;
-    if (m->path[0] == '[' && strcmp(m->path, "[heap]") != 0 && strncmp(m->path, "[anon", 5) != 0)
-        return 1; /* [stack], [vdso], [vvar], ... */
-    if (has(m, &errno) || has(m, &here))
-        return 1;
-    for (size_t i = 0; i < state.n_kept; i++)
-        if (overlaps(m, &state.kept[i]))
-            return 1;
-    return 0;
+/* All that must not be marked; 0 if some of it can't be found. */
+static int find_needed(FILE *smaps) {
+    int libraries = 0, complete = 1;
+    state.n_kept = 0;
+    dl_iterate_phdr(keep_library, &libraries);
+    for (size_t i = 0; i < state.n_asked; i++) {
+        uintptr_t start = (uintptr_t)state.asked[i].start;
+        complete &= keep(start, start + state.asked[i].len);
+    }
+    for (mapping m;
+         next_mapping(smaps, &m);) /* thread-local storage; the stack, if it has no name */
+        if (has(&m.at, &errno) || (has(&m.at, &m) && !m.special))
+            complete &= keep(m.at.start, m.at.end);
+    rewind(smaps);
+    return complete && libraries == 3;
 }
 
 /* --- the marks ---------------------------------------------------------------------------------*/
@@ -151,40 +161,52 @@ static void unmark(void) {
     state.forks = -1;
 }
 
-/* Remember a mapping that is to be marked, joined to the one before where they touch. */
-static void remember(const mapping *m) {
+/* Remember a range that is to be marked, joined to the one before where they touch. */
+static void remember(range r) {
     range *last = state.n_marked ? &state.marked[state.n_marked - 1] : NULL;
-    if (last && last->end == m->start)
-        last->end = m->end;
+    if (r.start >= r.end)
+        return;
+    if (last && last->end == r.start)
+        last->end = r.end;
     else if (state.n_marked < MOST_RANGES)
-        state.marked[state.n_marked++] = (range){m->start, m->end};
+        state.marked[state.n_marked++] = r;
 }
 
-static void choose(FILE *smaps, const libraries *ours) {
-    mapping m, before = {0};
-    while (next_mapping(smaps, &m)) {
-        int needed = is_needed(&m, ours, &before);
-        if (!needed && m.private && m.plain)
-            remember(&m);
-        before = m;
-        if (!needed || !is_library(&m, ours))
-            before.end = 0;
+/* Remember what of r is not kept; kept is in order. */
+static void remember_rest(range r) {
+    for (size_t i = 0; i < state.n_kept && state.kept[i].start < r.end; i++) {
+        if (state.kept[i].end <= r.start)
+            continue;
+        remember((range){r.start, state.kept[i].start});
+        r.start = state.kept[i].end;
     }
+    remember(r);
 }
 
-static int mark(const ik_lean_range *keep, size_t n_keep) {
+static int by_start(const void *a, const void *b) {
+    uintptr_t left = ((const range *)a)->start, right = ((const range *)b)->start;
+    return left < right ? -1 : left > right;
+}
+
+static void choose(FILE *smaps) {
+    qsort(state.kept, state.n_kept, sizeof *state.kept, by_start);
+    for (mapping m; next_mapping(smaps, &m);)
+        if (m.markable && !m.special)
+            remember_rest(m.at);
+}
+
+static int mark(const ik_lean_range *memory, size_t n_memory) {
     unmark();
-    memcpy(state.kept, keep, n_keep * sizeof *keep);
-    state.n_kept = n_keep;
+    memcpy(state.asked, memory, n_memory * sizeof *memory);
+    state.n_asked = n_memory;
     state.thread = gettid();
     state.pages = total_pages();
     FILE *smaps = fopen("/proc/self/smaps", "re");
     if (smaps == NULL)
         return 0;
-    libraries ours;
-    int known = find_libraries(smaps, &ours);
+    int known = find_needed(smaps);
     if (known)
-        choose(smaps, &ours);
+        choose(smaps);
     fclose(smaps);
     for (size_t i = 0; i < state.n_marked; i++)
         madvise((void *)state.marked[i].start, state.marked[i].end - state.marked[i].start,
@@ -193,9 +215,10 @@ static int mark(const ik_lean_range *keep, size_t n_keep) {
     return known;
 }
 
-static int still_marked(const ik_lean_range *keep, size_t n_keep) {
+static int still_marked(const ik_lean_range *memory, size_t n_memory) {
     return state.forks >= 0 && state.forks < MOST_FORKS && state.thread == gettid() &&
-           state.n_kept == n_keep && memcmp(state.kept, keep, n_keep * sizeof *keep) == 0 &&
+           state.n_asked == n_memory &&
+           memcmp(state.asked, memory, n_memory * sizeof *memory) == 0 &&
            total_pages() < state.pages + GROWN_PAGES;
 }
 
@@ -236,11 +259,11 @@ static int plain_fork(void) {
     return pid < 0 ? -errno : pid;
 }
 
-int ik_lean_fork(const ik_lean_range *keep, size_t n_keep) {
-    if (_Fork == NULL || n_keep > MOST_KEPT || watched_by_a_tool())
+int ik_lean_fork(const ik_lean_range *memory, size_t n_memory) {
+    if (_Fork == NULL || n_memory > MOST_ASKED || watched_by_a_tool())
         return plain_fork();
     pthread_mutex_lock(&state.lock);
-    if (!install_handlers() || (!still_marked(keep, n_keep) && !mark(keep, n_keep))) {
+    if (!install_handlers() || (!still_marked(memory, n_memory) && !mark(memory, n_memory))) {
         unmark();
         pthread_mutex_unlock(&state.lock);
         return plain_fork();
