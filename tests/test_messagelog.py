@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import eventually
@@ -657,3 +658,12 @@ def test_an_exception_of_a_handler_gives_the_message_up(tmp_path):
     assert log.stats().torn == 1
     log.close()
     assert content(tmp_path / "log").endswith(b"y|after")
+
+
+def test_the_example(tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "message_log.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "log"], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [f"worker {n}: 2000 messages" for n in range(4)]

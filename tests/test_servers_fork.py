@@ -344,3 +344,17 @@ def test_bad_options_name_the_value():
         with pytest.raises(OSError, match="in use") as caught:
             listen(*listener.getsockname())
         assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_the_example(tmp_path):
+    script = Path(__file__).parent.parent / "examples" / "echo_server.py"
+    with subprocess.Popen(
+        [sys.executable, script, "0", "log"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as server:
+        port = int(server.stdout.readline().rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            assert exchange(connection, b"hello\n") == b"hello\n"
+        eventually(lambda: (tmp_path / "log").read_bytes() == b"hello\n")
+        server.terminate()
+        assert server.wait(20) == 0
+        assert "connections=1, echoes=1, bytes=6" in server.stdout.read()
