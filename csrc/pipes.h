@@ -44,6 +44,7 @@ typedef struct ik_pipes_batch {
 typedef struct ik_pipes_reader {
     int fd;
     uint32_t largest; /* a message of more bytes stays where it is */
+    int ahead;        /* read all of a message at once, and with it what others sent in between */
     char *buffer;     /* of size bytes, two chunks or more; [start, end) were read, not yet taken */
     size_t size, start, end;
     ik_pipes_chunk head; /* the last header seen */
@@ -69,9 +70,10 @@ int ik_pipes_send(ik_pipes_writer *writer, const char *data, size_t len, ik_pipe
                   int64_t deadline_ns);
 int ik_pipes_send_many(ik_pipes_writer *writer, ik_pipes_batch *batch, int64_t deadline_ns);
 
-/* Receive until one of ik_pipes_came. Reads no more bytes than `wanted` messages have at least, so
- * that at most so many whole ones are taken out of the pipe; 0 takes only what was read before.
- * Or -ENODATA: end of file, -EBADMSG: not a chunk, -EMSGSIZE, -ETIMEDOUT, -EINTR, ... */
+/* Receive until one of ik_pipes_came. Unless ahead is set, reads no more bytes than `wanted`
+ * messages have at least, so that at most so many whole ones are taken out of the pipe; 0 takes
+ * only what was read before. Or -ENODATA: end of file, -EBADMSG: not a chunk, -EMSGSIZE,
+ * -ETIMEDOUT, -EINTR, ... */
 int ik_pipes_next(ik_pipes_reader *reader, uint32_t wanted, int64_t deadline_ns);
 
 /* After IK_PIPES_LANE: put the message that begins there into `into`, of head.total bytes; or go on

@@ -747,6 +747,23 @@ def test_what_a_send_took_in_is_received_in_order_and_seen_by_select(small_ends,
     poller.close()
 
 
+def test_what_came_between_the_chunks_is_seen_by_select(ends):
+    left, right = ends
+    poller = select.poll()
+    poller.register(right.fileno(), select.POLLIN)
+    message = pattern(10_000)
+    blocks = [chunk(10_000, i, message[i : i + PAYLOAD]) for i in range(0, 10_000, PAYLOAD)]
+    others = b"".join(chunk(2, 0, b"%02d" % i, lane=0) for i in range(50))
+    left.write(blocks[0] + others + b"".join(blocks[1:]))
+    assert right.recv() == b"00"
+    for i in range(1, 50):
+        assert poller.poll(0), "it may be here, no longer in the pipe"
+        assert right.recv() == b"%02d" % i
+    assert poller.poll(0)
+    assert right.recv() == message
+    assert not poller.poll(0)
+
+
 def test_the_inbox_is_bounded(forked):
     parent, child = pipes.duplex(max_message=100_000)
 
