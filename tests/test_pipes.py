@@ -1016,3 +1016,10 @@ def test_splice_between_the_ends_of_a_duplex(ends, pipe):
     left.send(pattern(5000))
     assert pipes.splice(right, pipe[1], 65_536) == 5048
     assert pipe[0].recv() == pattern(5000)
+
+
+def test_the_example():
+    example = Path(__file__).parent.parent / "examples" / "pipe_workers.py"
+    run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines()[-2:] == ["worker 3 did job 2", "12 reports, 0 torn"]
