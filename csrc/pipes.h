@@ -53,6 +53,7 @@ typedef struct ik_pipes_reader {
     size_t at, length;   /* the message that came whole, in buffer */
     uint64_t messages, bytes;
     uint64_t position; /* bytes read since the beginning */
+    int64_t spin;      /* how many nanoseconds it pays to look before sleeping */
 } ik_pipes_reader;
 
 enum ik_pipes_came {

@@ -6,8 +6,10 @@ or not at all, from any number of writing processes and threads, killed at any m
 the pipe is always a whole chunk of at most PIPE_BUF bytes, the unit that the kernel never mixes
 with another write. There is no lock that a dead writer could hold.
 
-A pipe has one receiving process at a time. Between two receives no whole message is outside the
-pipe, so ``fileno()`` tells the truth to select, and the receiver may change at that moment.
+A pipe has one receiving process at a time. Between two receives a Reader holds no whole message, so
+``fileno()`` tells the truth to select, and the receiver may change at that moment. A Duplex may hold
+some, and its ``fileno()`` tells of them too. A blocked receive looks for at most 50 us before it
+sleeps, and only as long as that has lately paid.
 """
 
 import errno

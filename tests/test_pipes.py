@@ -474,6 +474,16 @@ def test_a_timeout_while_sending_gives_the_message_up(pipe):
         writer.send(b"x", timeout=-1)
 
 
+def test_a_blocked_receiver_costs_nothing(pipe):
+    reader, writer = pipe
+    writer.send(b"x")
+    reader.recv()
+    before = time.process_time()
+    with pytest.raises(TimeoutError):
+        reader.recv(timeout=0.5)
+    assert time.process_time() - before < 0.05
+
+
 def test_signals_in_the_middle_lose_nothing(pipe, forked):
     reader, writer = pipe
     seen = []
