@@ -89,7 +89,7 @@ os.register_at_fork(after_in_child=_identity.cache_clear)
 
 def _is_gone(pid: int, pidns: int) -> bool:
     """Is it proven that the process has ended? Of one in another namespace it never is."""
-    if pidns == 0 or pidns != _identity()[1]:
+    if pidns == 0 or pidns != _identity()[1] or pid >> 31:  # the last is nobody's
         return False
     try:
         pidfd = os.pidfd_open(pid)

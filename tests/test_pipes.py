@@ -372,6 +372,16 @@ def test_a_living_sender_is_never_declared_dead(pipe, forked):
     assert child.wait() == 0
 
 
+def test_a_sender_that_can_not_be_is_not_dead(pipe):
+    reader, writer = pipe
+    here = os.stat("/proc/self/ns/pid").st_ino
+    for pid in (0, 0xFFFFFFFF, os.getpid()):
+        writer.write(struct.pack("=HHIIIII", 0x6B69, 1, 9000, 0, pid, here, 7) + b"x")
+        with pytest.raises(TimeoutError):
+            reader.recv(timeout=0)
+        assert reader.stats().torn == 0
+
+
 def test_half_a_chunk_at_the_end(pipe):
     reader, writer = pipe
     writer.write(chunk(100, 0, b"", lane=0, length=100)[:20])
