@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <string.h>
@@ -169,16 +170,39 @@ static bool continues(const ik_pipes_part *part, const ik_pipes_chunk *head) {
            part->lane == head->lane && part->total == head->total && part->moved == head->offset;
 }
 
-static int64_t read_now(int fd, const struct iovec *iov, int64_t deadline_ns) {
+enum { SPIN = 50000, WORTHWHILE = 100000, LEAST = 1000 }; /* nanoseconds */
+
+/* Wait for data. An answer often comes sooner than a sleeper can be woken, so first look for a
+ * short while, giving the processor away each time; but only as long as that has lately paid. */
+static int wait_for_data(ik_pipes_reader *r, int64_t deadline_ns) {
+    int64_t start = ik_wait_now();
+    int rc = -ETIMEDOUT;
+    while (rc == -ETIMEDOUT && ik_wait_now() - start < r->spin) {
+        sched_yield();
+        rc = ik_wait_fd(r->fd, POLLIN, IK_NOW);
+    }
+    if (rc != -ETIMEDOUT) {
+        r->spin = SPIN;
+        return rc;
+    }
+    rc = ik_wait_fd(r->fd, POLLIN, deadline_ns);
+    bool soon = ik_wait_now() - start < WORTHWHILE;
+    r->spin = r->spin > LEAST ? r->spin / 2 : soon ? SPIN : 0;
+    return rc;
+}
+
+static int64_t read_now(ik_pipes_reader *r, const struct iovec *iov, int64_t deadline_ns) {
     for (;;) {
-        ssize_t n = readv(fd, iov, 2);
+        /* read(2) is the cheaper one, and most often enough */
+        ssize_t n =
+            iov[0].iov_len ? readv(r->fd, iov, 2) : read(r->fd, iov[1].iov_base, iov[1].iov_len);
         if (n > 0)
             return n;
         if (n == 0)
             return -ENODATA;
         if (errno != EAGAIN)
             return -errno;
-        int rc = deadline_ns == IK_NOW ? -ETIMEDOUT : ik_wait_fd(fd, POLLIN, deadline_ns);
+        int rc = deadline_ns == IK_NOW ? -ETIMEDOUT : wait_for_data(r, deadline_ns);
         if (rc < 0)
             return rc;
     }
@@ -191,11 +215,16 @@ static size_t most(size_t a, size_t b) {
 /* How far buffer may be filled when `have` bytes of chunks are there and `wanted` messages may be
  * taken: as many bytes as those have at least, or what the chunk that was begun still needs. */
 static size_t fill_to(const ik_pipes_reader *r, size_t have, size_t wanted) {
-    size_t need = HEADER;
+    size_t need = wanted > 0 ? HEADER : 0;
     if (have >= HEADER && r->left == 0)
         need += r->head.length;
-    size_t goal = most(need, wanted * HEADER);
-    return goal < r->size ? goal : r->size;
+    return most(need, wanted * HEADER);
+}
+
+/* The bytes, headers included, that the message has after its current chunk. */
+static size_t rest(const ik_pipes_reader *r) {
+    size_t payload = r->part->total - r->part->moved - r->left;
+    return payload + (payload + PAYLOAD - 1) / PAYLOAD * HEADER;
 }
 
 /* Read once: first what part still wants of its chunk, the rest into buffer. */
@@ -205,12 +234,18 @@ static int fetch(ik_pipes_reader *r, uint32_t wanted, int64_t deadline_ns) {
     r->start = 0;
     r->end = have;
     struct iovec iov[2] = {{NULL, 0}, {NULL, 0}};
-    bool completes = r->left > 0 && r->part->moved + r->left == r->part->total;
-    if (r->left > 0)
+    size_t goal = 0;
+    if (r->left > 0) {
         iov[0] = (struct iovec){r->part->into + r->part->moved, r->left};
-    if (!(completes && wanted == 1))
-        iov[1] = (struct iovec){r->buffer + have, fill_to(r, have, wanted - completes) - have};
-    int64_t n = read_now(r->fd, iov, deadline_ns);
+        goal = fill_to(r, have, wanted - (rest(r) == 0));
+        if (r->ahead)
+            goal = most(goal, rest(r));
+    } else {
+        goal = fill_to(r, have, wanted);
+    }
+    goal = goal < r->size ? goal : r->size;
+    iov[1] = (struct iovec){r->buffer + have, goal - have};
+    int64_t n = read_now(r, iov, deadline_ns);
     if (n < 0)
         return (int)n;
     uint32_t direct = n < (int64_t)r->left ? (uint32_t)n : r->left;

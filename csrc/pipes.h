@@ -45,6 +45,7 @@ typedef struct ik_pipes_batch {
 typedef struct ik_pipes_reader {
     int fd;
     uint32_t largest; /* a message of more bytes stays where it is */
+    int ahead;        /* read all of a message at once, and with it what others sent in between */
     char *buffer;     /* of size bytes, two chunks or more; [start, end) were read, not yet taken */
     size_t size, start, end;
     ik_pipes_chunk head; /* the last header seen */
@@ -53,6 +54,7 @@ typedef struct ik_pipes_reader {
     size_t at, length;   /* the message that came whole, in buffer */
     uint64_t messages, bytes;
     uint64_t position; /* bytes read since the beginning */
+    int64_t spin;      /* how many nanoseconds it pays to look before sleeping */
 } ik_pipes_reader;
 
 enum ik_pipes_came {
@@ -70,9 +72,10 @@ int ik_pipes_send(ik_pipes_writer *writer, const char *data, size_t len, ik_pipe
                   int64_t deadline_ns);
 int ik_pipes_send_many(ik_pipes_writer *writer, ik_pipes_batch *batch, int64_t deadline_ns);
 
-/* Receive until one of ik_pipes_came. Reads no more bytes than `wanted` messages have at least, so
- * that at most so many whole ones are taken out of the pipe; 0 takes only what was read before.
- * Or -ENODATA: end of file, -EBADMSG: not a chunk, -EMSGSIZE, -ETIMEDOUT, -EINTR, ... */
+/* Receive until one of ik_pipes_came. Unless ahead is set, reads no more bytes than `wanted`
+ * messages have at least, so that at most so many whole ones are taken out of the pipe; 0 takes
+ * only what was read before. Or -ENODATA: end of file, -EBADMSG: not a chunk, -EMSGSIZE,
+ * -ETIMEDOUT, -EINTR, ... */
 int ik_pipes_next(ik_pipes_reader *reader, uint32_t wanted, int64_t deadline_ns);
 
 /* After IK_PIPES_LANE: put the message that begins there into `into`, of head.total bytes; or go on

@@ -6,8 +6,10 @@ or not at all, from any number of writing processes and threads, killed at any m
 the pipe is always a whole chunk of at most PIPE_BUF bytes, the unit that the kernel never mixes
 with another write. There is no lock that a dead writer could hold.
 
-A pipe has one receiving process at a time. Between two receives no whole message is outside the
-pipe, so ``fileno()`` tells the truth to select, and the receiver may change at that moment.
+A pipe has one receiving process at a time. Between two receives a Reader holds no whole message, so
+``fileno()`` tells the truth to select, and the receiver may change at that moment. A Duplex may hold
+some, and its ``fileno()`` tells of them too. A blocked receive looks for at most 50 us before it
+sleeps, and only as long as that has lately paid.
 """
 
 import errno
@@ -45,6 +47,9 @@ _HEADER = ffi.sizeof("ik_pipes_chunk")
 _LANE = ffi.offsetof("ik_pipes_chunk", "pid")  # the rest of the header says whose chunk it is
 _PAYLOAD: int = lib.ik_pipes_payload()  # what fits into one chunk
 _NO_LIMIT = 0xFFFFFFFF
+_WHOLE: int = lib.IK_PIPES_WHOLE
+_PART: int = lib.IK_PIPES_PART
+_OTHER_LANE: int = lib.IK_PIPES_LANE
 _uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 
 _AnyEnd = TypeVar("_AnyEnd", bound="_End")
@@ -84,7 +89,7 @@ os.register_at_fork(after_in_child=_identity.cache_clear)
 
 def _is_gone(pid: int, pidns: int) -> bool:
     """Is it proven that the process has ended? Of one in another namespace it never is."""
-    if pidns == 0 or pidns != _identity()[1]:
+    if pidns == 0 or pidns != _identity()[1] or pid >> 31:  # the last is nobody's
         return False
     try:
         pidfd = os.pidfd_open(pid)
@@ -560,13 +565,13 @@ class Reader(_End):
         state = self._in
         while True:
             came: int = lib.ik_pipes_next(state, wanted, deadline_ns)
-            if came == lib.IK_PIPES_WHOLE:
+            if came == _WHOLE:
                 at = state.at
                 whole: bytes = self._buffer[at : at + state.length]
                 return whole
-            if came == lib.IK_PIPES_PART:
+            if came == _PART:
                 return self._finish()
-            if came == lib.IK_PIPES_LANE:
+            if came == _OTHER_LANE:
                 came = self._enter_lane()
             if came < 0 and came != -errno.EINTR:
                 return came
@@ -705,7 +710,8 @@ class Duplex(Reader, Writer):
     """
 
     _either: Any = None  # epoll of the pipe and the bell, made by the first fileno()
-    _bell = -1  # readable while the inbox holds something
+    _bell = -1  # readable while the inbox or the buffer holds something
+    _rung = False
 
     def __init__(self, reader: int, writer: int, *, max_message: int = _DEFAULT_MAX_MESSAGE) -> None:
         """Take over two descriptors; see Reader and Writer."""
@@ -714,6 +720,7 @@ class Duplex(Reader, Writer):
         self._kept = 0  # bytes that the inbox costs
         Reader.__init__(self, reader, max_message=max_message)
         Writer.__init__(self, writer, max_message=max_message)
+        self._in.ahead = 1
 
     def exchange(self, data: Buffer, *, timeout: float | None = None) -> bytes:
         """Send one message and receive one; both ends may do so at once, whatever the sizes.
@@ -766,27 +773,35 @@ class Duplex(Reader, Writer):
                 message = Reader._next(self, 1, NOW)
                 if isinstance(message, int):
                     return message == -errno.ETIMEDOUT  # what else it is, the next receive finds too
-                self._keep_message(message)
+                self._inbox.append(message)
+                self._kept += _cost(message)
             return False
         finally:
+            self._ring()
             self._lock.release()
 
-    def _keep_message(self, message: bytes) -> None:
-        if not self._inbox and self._bell >= 0:
-            os.eventfd_write(self._bell, 1)
-        self._inbox.append(message)
-        self._kept += _cost(message)
-
     def _next(self, wanted: int, deadline_ns: int) -> bytes | int:
-        if not self._inbox:
-            return super()._next(wanted, deadline_ns)
-        if len(self._inbox[0]) > self._in.largest:
-            return -errno.EMSGSIZE
-        message = self._inbox.popleft()
-        self._kept -= _cost(message)
-        if not self._inbox and self._bell >= 0:
+        try:
+            if not self._inbox:
+                return super()._next(wanted, deadline_ns)
+            if len(self._inbox[0]) > self._in.largest:
+                return -errno.EMSGSIZE
+            message = self._inbox.popleft()
+            self._kept -= _cost(message)
+            return message
+        finally:
+            self._ring()
+
+    def _ring(self) -> None:
+        """Make the bell tell whether something is kept here that the pipe no longer shows."""
+        if self._bell < 0:
+            return
+        keeps = bool(self._inbox) or self._in.end > self._in.start
+        if keeps and not self._rung:
+            os.eventfd_write(self._bell, 1)
+        elif self._rung and not keeps:
             os.eventfd_read(self._bell)
-        return message
+        self._rung = keeps
 
     def _next_size(self) -> int:
         return len(self._inbox[0]) if self._inbox else super()._next_size()
@@ -801,7 +816,8 @@ class Duplex(Reader, Writer):
         fd = super().fileno()
         if self._either is None:
             self._either = _epoll()
-            self._bell = os.eventfd(bool(self._inbox), os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._ring()
             self._either.register(fd, READ)
             self._either.register(self._bell, READ)
         return self._either.fileno()  # type: ignore[no-any-return]
@@ -816,7 +832,7 @@ class Duplex(Reader, Writer):
         if self._either is not None:
             self._either.close()
             os.close(self._bell)
-            self._either, self._bell = None, -1
+            self._either, self._bell, self._rung = None, -1, False
 
     def stats(self) -> DuplexStats:  # type: ignore[override]
         """What this process sent and received with this end, and its two pipes as they are now."""

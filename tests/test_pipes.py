@@ -372,6 +372,16 @@ def test_a_living_sender_is_never_declared_dead(pipe, forked):
     assert child.wait() == 0
 
 
+def test_a_sender_that_can_not_be_is_not_dead(pipe):
+    reader, writer = pipe
+    here = os.stat("/proc/self/ns/pid").st_ino
+    for pid in (0, 0xFFFFFFFF, os.getpid()):
+        writer.write(struct.pack("=HHIIIII", 0x6B69, 1, 9000, 0, pid, here, 7) + b"x")
+        with pytest.raises(TimeoutError):
+            reader.recv(timeout=0)
+        assert reader.stats().torn == 0
+
+
 def test_half_a_chunk_at_the_end(pipe):
     reader, writer = pipe
     writer.write(chunk(100, 0, b"", lane=0, length=100)[:20])
@@ -472,6 +482,16 @@ def test_a_timeout_while_sending_gives_the_message_up(pipe):
     assert reader.stats().torn == 3
     with pytest.raises(ValueError, match="-1"):
         writer.send(b"x", timeout=-1)
+
+
+def test_a_blocked_receiver_costs_nothing(pipe):
+    reader, writer = pipe
+    writer.send(b"x")
+    reader.recv()
+    before = time.process_time()
+    with pytest.raises(TimeoutError):
+        reader.recv(timeout=0.5)
+    assert time.process_time() - before < 0.05
 
 
 def test_signals_in_the_middle_lose_nothing(pipe, forked):
@@ -747,6 +767,23 @@ def test_what_a_send_took_in_is_received_in_order_and_seen_by_select(small_ends,
     poller.close()
 
 
+def test_what_came_between_the_chunks_is_seen_by_select(ends):
+    left, right = ends
+    poller = select.poll()
+    poller.register(right.fileno(), select.POLLIN)
+    message = pattern(10_000)
+    blocks = [chunk(10_000, i, message[i : i + PAYLOAD]) for i in range(0, 10_000, PAYLOAD)]
+    others = b"".join(chunk(2, 0, b"%02d" % i, lane=0) for i in range(50))
+    left.write(blocks[0] + others + b"".join(blocks[1:]))
+    assert right.recv() == b"00"
+    for i in range(1, 50):
+        assert poller.poll(0), "it may be here, no longer in the pipe"
+        assert right.recv() == b"%02d" % i
+    assert poller.poll(0)
+    assert right.recv() == message
+    assert not poller.poll(0)
+
+
 def test_the_inbox_is_bounded(forked):
     parent, child = pipes.duplex(max_message=100_000)
 
@@ -999,3 +1036,10 @@ def test_splice_between_the_ends_of_a_duplex(ends, pipe):
     left.send(pattern(5000))
     assert pipes.splice(right, pipe[1], 65_536) == 5048
     assert pipe[0].recv() == pattern(5000)
+
+
+def test_the_example():
+    example = Path(__file__).parent.parent / "examples" / "pipe_workers.py"
+    run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines()[-2:] == ["worker 3 did job 2", "12 reports, 0 torn"]
