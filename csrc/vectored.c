@@ -5,6 +5,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "wait.h"
 
@@ -31,6 +32,11 @@ int64_t ik_vectored_write(int fd, const ik_iovec *iov, size_t count, int64_t off
     int n = at_most_iov_max(count);
     ssize_t rc =
         offset == -1 && flags == 0 ? writev(fd, v, n) : pwritev2(fd, v, n, (off_t)offset, flags);
+    return rc < 0 ? -errno : rc;
+}
+
+int64_t ik_vectored_write_block(int fd, const char *data, size_t len) {
+    ssize_t rc = write(fd, data, len);
     return rc < 0 ? -errno : rc;
 }
 

@@ -42,13 +42,12 @@ from ipckit import wait
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.process import Child, NativeMemory, fork_native
+from ipckit.vectored import Buffer
 
 __all__ = ["LogStats", "LogWriter", "MessageLog", "Record", "records"]
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer, Self
-else:
-    Buffer = object
+    from typing_extensions import Self
 
 _FORMATS = {"raw": lib.IK_LOG_RAW, "record": lib.IK_LOG_RECORD}
 _DURABILITIES = {"none": lib.IK_LOG_NONE, "written": lib.IK_LOG_WRITTEN, "synced": lib.IK_LOG_SYNCED}

@@ -28,21 +28,17 @@ from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from termios import FIONREAD
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
-from ipckit.vectored import Descriptor, _fileno, _positive
+from ipckit.vectored import Buffer, Descriptor, fileno_of, non_negative
 from ipckit.wait import FOREVER, NOW, READ, WRITE, deadline, ready, remaining, until_ready
 
 __all__ = ["Duplex", "DuplexStats", "Reader", "Stats", "Writer", "duplex", "pipe", "splice", "tee"]
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-else:
-    Buffer = object
-
 _DEFAULT_MAX_MESSAGE = 16 * 1024 * 1024
+_DEFAULT_MAX_INBOX = 256 * 1024 * 1024
 _HEADER = ffi.sizeof("ik_pipes_chunk")
 _LANE = ffi.offsetof("ik_pipes_chunk", "pid")  # the rest of the header says whose chunk it is
 _PAYLOAD: int = lib.ik_pipes_payload()  # what fits into one chunk
@@ -125,6 +121,12 @@ def _check_limit(max_message: int) -> int:
     return max_message
 
 
+def _check_inbox(max_inbox: int) -> int:
+    if max_inbox < 0:
+        raise ValueError(f"max_inbox must be a number of bytes >= 0, not {max_inbox}")
+    return max_inbox
+
+
 def _cost(message: bytes) -> int:
     """What keeping a message costs: an empty one is not free."""
     return len(message) + 64
@@ -143,8 +145,9 @@ def _sendable(fd: int) -> Any:
     return DupFd(fd)
 
 
-def _unpickled(kind: Any, descriptors: tuple[Any, ...], max_message: int) -> Any:
-    return kind(*[fd.detach() for fd in descriptors], max_message=max_message)
+def _unpickled(kind: Any, descriptors: tuple[Any, ...], max_message: int, *max_inbox: int) -> Any:
+    limits = {"max_message": max_message} | ({"max_inbox": max_inbox[0]} if max_inbox else {})
+    return kind(*[fd.detach() for fd in descriptors], **limits)
 
 
 @dataclass
@@ -705,16 +708,24 @@ class Duplex(Reader, Writer):
 
     A send that finds its pipe full takes in what has come meanwhile and keeps it for the next
     receives, so two ends that send at once both finish. It takes in no more messages when those kept
-    reach max_message bytes: an end holds at most twice max_message. Ends that both send more than that
-    before they receive wait for each other.
+    reach max_inbox bytes: an end holds at most that and one message. Ends that both send more than
+    that before they receive wait for each other, until a timeout.
     """
 
     _either: Any = None  # epoll of the pipe and the bell, made by the first fileno()
     _bell = -1  # readable while the inbox or the buffer holds something
     _rung = False
 
-    def __init__(self, reader: int, writer: int, *, max_message: int = _DEFAULT_MAX_MESSAGE) -> None:
-        """Take over two descriptors; see Reader and Writer."""
+    def __init__(
+        self,
+        reader: int,
+        writer: int,
+        *,
+        max_message: int = _DEFAULT_MAX_MESSAGE,
+        max_inbox: int = _DEFAULT_MAX_INBOX,
+    ) -> None:
+        """Take over two descriptors; see Reader and Writer, and duplex() for *max_inbox*."""
+        self._max_inbox = _check_inbox(max_inbox)
         _capacity(writer)
         self._inbox: deque[bytes] = deque()
         self._kept = 0  # bytes that the inbox costs
@@ -769,7 +780,7 @@ class Duplex(Reader, Writer):
         if not self._lock.acquire(False):
             return True  # another thread is receiving
         try:
-            while self._kept < self._max_message:
+            while self._kept < self._max_inbox:
                 message = Reader._next(self, 1, NOW)
                 if isinstance(message, int):
                     return message == -errno.ETIMEDOUT  # what else it is, the next receive finds too
@@ -845,7 +856,7 @@ class Duplex(Reader, Writer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         fds = self._movable_fd(), _sendable(Writer.fileno(self))
-        return _unpickled, (Duplex, fds, self._max_message)
+        return _unpickled, (Duplex, fds, self._max_message, self._max_inbox)
 
 
 # --- making them
@@ -894,11 +905,21 @@ def pipe(*, capacity: int | None = None, max_message: int = _DEFAULT_MAX_MESSAGE
     return reader, writer
 
 
-def duplex(*, capacity: int | None = None, max_message: int = _DEFAULT_MAX_MESSAGE) -> tuple[Duplex, Duplex]:
-    """Two pipes, one each way: two ends that send and receive. Arguments and errors as pipe()."""
+def duplex(
+    *,
+    capacity: int | None = None,
+    max_message: int = _DEFAULT_MAX_MESSAGE,
+    max_inbox: int = _DEFAULT_MAX_INBOX,
+) -> tuple[Duplex, Duplex]:
+    """Two pipes, one each way: two ends that send and receive.
+
+    Args: max_inbox: how many bytes of messages a send takes in when it finds its pipe full. The others,
+        and the errors, as pipe().
+    """
+    _check_inbox(max_inbox)
     there, back = _pipes(2, capacity, max_message)
-    left = Duplex(back[0], there[1], max_message=max_message)
-    right = Duplex(there[0], back[1], max_message=max_message)
+    left = Duplex(back[0], there[1], max_message=max_message, max_inbox=max_inbox)
+    right = Duplex(there[0], back[1], max_message=max_message, max_inbox=max_inbox)
     left._peer, right._peer = weakref.ref(right), weakref.ref(left)
     return left, right
 
@@ -907,11 +928,11 @@ def duplex(*, capacity: int | None = None, max_message: int = _DEFAULT_MAX_MESSA
 
 
 def _reading(source: Descriptor) -> int:
-    return Reader.fileno(source) if isinstance(source, Reader) else _fileno(source)
+    return Reader.fileno(source) if isinstance(source, Reader) else fileno_of(source)
 
 
 def _writing(target: Descriptor) -> int:
-    return Writer.fileno(target) if isinstance(target, Writer) else _fileno(target)
+    return Writer.fileno(target) if isinstance(target, Writer) else fileno_of(target)
 
 
 def _moved(call: Any, verb: str, source: int, target: int, timeout: float | None) -> int:
@@ -948,7 +969,7 @@ def splice(
         TimeoutError (ETIMEDOUT); ENOSYS elsewhere than on Linux. See splice(2).
     """
     reader, writer = _reading(source), _writing(target)
-    begin, to = (-1 if offset is None else _positive(offset) for offset in (source_offset, target_offset))
+    begin, to = (-1 if offset is None else non_negative(offset) for offset in (source_offset, target_offset))
     call = functools.partial(lib.ik_pipes_splice, reader, begin, writer, to, count, flags)
     return _moved(call, "splice", reader, writer, timeout)
 

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from socket import MSG_DONTROUTE, MSG_DONTWAIT, MSG_OOB, MSG_PEEK, MSG_TRUNC, MSG_WAITALL
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.vectored import Descriptor, _fileno, _pin
+from ipckit.vectored import Buffer, Descriptor, fileno_of, pin
 from ipckit.wait import NOW, deadline, until_ready
 
 __all__ = [
@@ -49,11 +49,6 @@ __all__ = [
     "send_urgent",
     "set_oobinline",
 ]
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-else:
-    Buffer = object
 
 MAX_FDS: int = lib.IK_SOCKETS_MAX_FDS
 
@@ -88,10 +83,10 @@ def send(sock: Descriptor, data: Buffer, flags: int = 0, *, timeout: float | Non
         (EPIPE), ConnectionResetError (ECONNRESET); OSError EMSGSIZE for a too long datagram,
         ENOTCONN, ENOTSOCK, EBADF. See send(2).
     """
-    number = _fileno(sock)
+    number = fileno_of(sock)
     deadline_ns = deadline(timeout)
     with ExitStack() as pinned:
-        view = _pin(data, pinned, writable=False)
+        view = pin(data, pinned, writable=False)
         rc = _restarted(lib.ik_sockets_send, number, view, len(view), flags, deadline_ns)
     return check(rc, f"send on descriptor {number}")
 
@@ -102,10 +97,10 @@ def send_all(sock: Descriptor, data: Buffer, *, timeout: float | None = None) ->
     Returns: the size of *data*, in bytes.
     Raises: as send(), each saying how many bytes went before. See send(2).
     """
-    number = _fileno(sock)
+    number = fileno_of(sock)
     deadline_ns = deadline(timeout)
     with ExitStack() as pinned:
-        return _send_rest(number, _pin(data, pinned, writable=False), 0, deadline_ns, "send_all")
+        return _send_rest(number, pin(data, pinned, writable=False), 0, deadline_ns, "send_all")
 
 
 def _send_rest(number: int, view: Any, moved: int, deadline_ns: int, verb: str) -> int:
@@ -126,7 +121,7 @@ def recv(sock: Descriptor, size: int, flags: int = 0, *, timeout: float | None =
     Raises: as recv_into(). See recv(2).
     """
     memory = _block(size, flags)
-    number = _fileno(sock)
+    number = fileno_of(sock)
     rc = _restarted(lib.ik_sockets_recv, number, memory, size, flags, deadline(timeout))
     check(rc, f"recv of {size} bytes on descriptor {number}")
     return bytes(ffi.buffer(memory, min(rc, size)))
@@ -140,10 +135,10 @@ def recv_into(sock: Descriptor, buffer: Buffer, flags: int = 0, *, timeout: floa
         datagram was longer and its rest is lost (MSG_PEEK and MSG_TRUNC allow that);
         ConnectionResetError (ECONNRESET); ENOTCONN, ENOTSOCK, EBADF; TypeError if *buffer* is read-only.
     """
-    number = _fileno(sock)
+    number = fileno_of(sock)
     deadline_ns = deadline(timeout)
     with ExitStack() as pinned:
-        view = _pin(buffer, pinned, writable=True)
+        view = pin(buffer, pinned, writable=True)
         rc = _restarted(lib.ik_sockets_recv, number, view, len(view), flags, deadline_ns)
         return check(rc, f"recv_into of {len(view)} bytes on descriptor {number}")
 
@@ -156,7 +151,7 @@ def recv_exact(sock: Descriptor, size: int, *, timeout: float | None = None) -> 
     See recv(2), MSG_WAITALL.
     """
     memory = _block(size)
-    number = _fileno(sock)
+    number = fileno_of(sock)
     deadline_ns = deadline(timeout)
     moved = 0
     while moved < size:
@@ -196,7 +191,7 @@ def recv_urgent(sock: Descriptor, *, timeout: float | None = None) -> bytes:
         the stream because of SO_OOBINLINE); TimeoutError (ETIMEDOUT); EOFError if the stream ended;
         EOPNOTSUPP as send_urgent(). See tcp(7), recv(2) MSG_OOB.
     """
-    number = _fileno(sock)
+    number = fileno_of(sock)
     memory = _block(1)
     rc = _restarted(lib.ik_sockets_recv, number, memory, 1, MSG_OOB, deadline(timeout))
     if rc == 0:
@@ -217,7 +212,7 @@ def at_mark(sock: Descriptor) -> bool:
     A read never crosses the mark, so a loop of reads that asks after each one finds it.
     Raises: OSError ENOTTY if *sock* has no urgent data at all, EBADF. See sockatmark(3).
     """
-    number = _fileno(sock)
+    number = fileno_of(sock)
     return bool(check(lib.ik_sockets_at_mark(number), f"at_mark on descriptor {number}"))
 
 
@@ -227,13 +222,13 @@ def set_oobinline(sock: Descriptor, inline: bool) -> None:
     Off is the default. What counts is the choice at the moment of the read.
     Raises: OSError ENOTSOCK, EBADF. See SO_OOBINLINE in socket(7).
     """
-    number = _fileno(sock)
+    number = fileno_of(sock)
     check(lib.ik_sockets_set_oobinline(number, inline), f"set_oobinline on descriptor {number}")
 
 
 def get_oobinline(sock: Descriptor) -> bool:
     """What set_oobinline() has chosen. Raises: as that."""
-    number = _fileno(sock)
+    number = fileno_of(sock)
     return bool(check(lib.ik_sockets_get_oobinline(number), f"get_oobinline on descriptor {number}"))
 
 
@@ -264,7 +259,7 @@ class UrgentWatcher:
         self._sock = sock
         self._callback = callback
         self._epoll = select.epoll()
-        self._epoll.register(_fileno(sock), select.EPOLLPRI | select.EPOLLRDHUP)
+        self._epoll.register(fileno_of(sock), select.EPOLLPRI | select.EPOLLRDHUP)
         if callback is not None:
             try:
                 self._own()
@@ -280,8 +275,8 @@ class UrgentWatcher:
             UrgentWatcher._former = signal.signal(signal.SIGURG, _call_watchers)
         self._called.append(self)
         self._pid = os.getpid()
-        self._former_owner = fcntl.fcntl(_fileno(self._sock), fcntl.F_GETOWN)
-        fcntl.fcntl(_fileno(self._sock), fcntl.F_SETOWN, self._pid)
+        self._former_owner = fcntl.fcntl(fileno_of(self._sock), fcntl.F_GETOWN)
+        fcntl.fcntl(fileno_of(self._sock), fcntl.F_SETOWN, self._pid)
 
     def _disown(self) -> None:
         if len(self._called) == 1:
@@ -289,11 +284,11 @@ class UrgentWatcher:
         self._called.remove(self)
         if self._pid == os.getpid():  # the owner belongs to the description that a parent and a child share
             with suppress(OSError, ValueError):  # the socket is closed already
-                fcntl.fcntl(_fileno(self._sock), fcntl.F_SETOWN, self._former_owner)
+                fcntl.fcntl(fileno_of(self._sock), fcntl.F_SETOWN, self._former_owner)
 
     def _announced(self) -> bool:
         """Whether an urgent byte is here or on its way; with SO_OOBINLINE the kernel does not tell."""
-        number = _fileno(self._sock)
+        number = fileno_of(self._sock)
         rc = lib.ik_sockets_recv(number, _block(1), 1, MSG_OOB | MSG_PEEK | MSG_DONTWAIT, NOW)
         return rc > 0 or rc == -errno.EAGAIN or (rc == -errno.EINVAL and get_oobinline(number))
 
@@ -308,7 +303,7 @@ class UrgentWatcher:
         Raises: TimeoutError (ETIMEDOUT); EOFError if none is pending and the peer can send no more; Closed.
         """
         deadline_ns = deadline(timeout)
-        what = f"wait for urgent data on descriptor {_fileno(self._sock)}"
+        what = f"wait for urgent data on descriptor {fileno_of(self._sock)}"
         while True:
             until_ready(self.fileno(), select.POLLIN, deadline_ns, what)
             events = self._pending()
@@ -362,13 +357,13 @@ def send_fds(
         descriptors have gone if any byte has.
     See SCM_RIGHTS in unix(7), sendmsg(2).
     """
-    number = _fileno(sock)
-    numbers = [_fileno(fd) for fd in fds]
+    number = fileno_of(sock)
+    numbers = [fileno_of(fd) for fd in fds]
     if len(numbers) > MAX_FDS:
         raise ValueError(f"one message carries at most {MAX_FDS} descriptors, not {len(numbers)}")
     deadline_ns = deadline(timeout)
     with ExitStack() as pinned:
-        view = _pin(data, pinned, writable=False)
+        view = pin(data, pinned, writable=False)
         call = lib.ik_sockets_send_fds
         rc = _restarted(call, number, view, len(view), numbers, len(numbers), deadline_ns)
         if rc == -errno.EINVAL and len(view) == 0:
@@ -396,7 +391,7 @@ def recv_fds(
     if not 0 <= max_fds <= MAX_FDS:
         raise ValueError(f"max_fds must be 0 to {MAX_FDS}, not {max_fds}")
     memory = _block(size)
-    number = _fileno(sock)
+    number = fileno_of(sock)
     came = ffi.new("ik_sockets_fds *")
     rc = _restarted(lib.ik_sockets_recv_fds, number, memory, size, came, max_fds, deadline(timeout))
     check(rc, f"recv_fds of {size} bytes and {max_fds} descriptors on descriptor {number}")
@@ -419,7 +414,7 @@ def peer_credentials(sock: Descriptor) -> Credentials:
     Raises: OSError ENOTCONN if *sock* has no peer or is not AF_UNIX; ENOTSOCK, EBADF.
     See SO_PEERCRED in unix(7).
     """
-    number = _fileno(sock)
+    number = fileno_of(sock)
     peer = ffi.new("ik_sockets_peer *")
     check(lib.ik_sockets_peer_credentials(number, peer), f"peer_credentials on descriptor {number}")
     return Credentials(peer.pid, peer.uid, peer.gid)

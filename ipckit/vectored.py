@@ -22,7 +22,7 @@ from ipckit.wait import deadline
 __all__ = ["preadv", "pwritev", "readv", "readv_exact", "writev", "writev_all"]
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer as Buffer  # noqa: PLC0414 - other rooms have it from here
 else:
     Buffer = object
 
@@ -37,20 +37,25 @@ Descriptor = int | HasFileno
 _SMALL = 1024
 
 
-def _fileno(fd: Descriptor) -> int:
+def fileno_of(fd: Descriptor) -> int:
+    """The number of a descriptor or of what has one."""
     return fd if isinstance(fd, int) else fd.fileno()
 
 
-def _gathered(buffers: Sequence[Buffer]) -> Sequence[Buffer]:
-    """*buffers*, or one block of them all when they are small and plain."""
-    if len(buffers) > 1 and {*map(type, buffers)} <= {bytes, bytearray}:
+def _gathered(buffers: Sequence[Buffer]) -> bytes | None:
+    """One block of all *buffers*, if they are small and plain."""
+    if {*map(type, buffers)} <= {bytes, bytearray}:
         plain: Sequence[bytes] = buffers  # type: ignore[assignment]
         if sum(map(len, plain)) <= _SMALL * len(plain):
-            return (b"".join(plain),)
-    return buffers
+            return b"".join(plain)
+    return None
 
 
-def _pin(buffer: Buffer, pinned: ExitStack, writable: bool) -> Any:
+def pin(buffer: Buffer, pinned: ExitStack, writable: bool) -> Any:
+    """A cffi view of *buffer*, which can't be resized until *pinned* closes.
+
+    Raises: TypeError for what is no buffer, not C-contiguous or, if *writable*, read-only.
+    """
     try:
         return pinned.enter_context(ffi.from_buffer(buffer, require_writable=writable))
     except (BufferError, ValueError) as error:  # numpy raises ValueError where others raise BufferError
@@ -63,13 +68,13 @@ def _iovec(buffers: Sequence[Buffer], pinned: ExitStack, writable: bool) -> Any:
     """The iovec array of *buffers*, which stay pinned (can't be resized) until *pinned* closes."""
     iov = ffi.new("ik_iovec[]", len(buffers))
     for entry, buffer in zip(iov, buffers):  # noqa: B905 - one is made from the other
-        entry.base = view = _pin(buffer, pinned, writable)
+        entry.base = view = pin(buffer, pinned, writable)
         entry.len = len(view)
     return iov
 
 
 def _once(call: Any, verb: str, fd: Descriptor, buffers: Sequence[Buffer], offset: int, flags: int) -> int:
-    number = _fileno(fd)
+    number = fileno_of(fd)
     with ExitStack() as pinned:
         iov = _iovec(buffers, pinned, call is lib.ik_vectored_read)
         while True:
@@ -78,7 +83,8 @@ def _once(call: Any, verb: str, fd: Descriptor, buffers: Sequence[Buffer], offse
                 return check(rc, f"{verb} on descriptor {number}")
 
 
-def _positive(offset: int) -> int:
+def non_negative(offset: int) -> int:
+    """An offset into a file. Raises: ValueError if it is below 0."""
     if offset < 0:
         raise ValueError(f"offset must be >= 0, not {offset}")
     return offset
@@ -104,7 +110,13 @@ def writev(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
     Raises: BrokenPipeError (EPIPE), BlockingIOError (EAGAIN), what else write(2) gives.
     See writev(2).
     """
-    return _once(lib.ik_vectored_write, "writev", fd, _gathered(list(buffers)), -1, 0)
+    items = list(buffers)
+    if (block := _gathered(items)) is None:
+        return _once(lib.ik_vectored_write, "writev", fd, items, -1, 0)
+    number = fileno_of(fd)
+    while (rc := lib.ik_vectored_write_block(number, block, len(block))) == -errno.EINTR:
+        pass
+    return check(rc, f"writev on descriptor {number}") if rc < 0 else rc
 
 
 def preadv(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 0) -> int:
@@ -114,7 +126,7 @@ def preadv(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 
     Raises: as readv(); OSError ESPIPE if *fd* can't seek, EOPNOTSUPP for flags unknown to the kernel;
         ValueError for a negative offset. See preadv2(2).
     """
-    return _once(lib.ik_vectored_read, "preadv", fd, list(buffers), _positive(offset), flags)
+    return _once(lib.ik_vectored_read, "preadv", fd, list(buffers), non_negative(offset), flags)
 
 
 def pwritev(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 0) -> int:
@@ -123,18 +135,20 @@ def pwritev(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int =
     Args: flags: ``os.RWF_DSYNC``, ``os.RWF_SYNC``, ``os.RWF_APPEND``, ... or 0.
     Raises: as writev(); ESPIPE, EOPNOTSUPP and ValueError as preadv(). See pwritev2(2).
     """
-    return _once(lib.ik_vectored_write, "pwritev", fd, _gathered(list(buffers)), _positive(offset), flags)
+    return _once(lib.ik_vectored_write, "pwritev", fd, list(buffers), non_negative(offset), flags)
 
 
-def _whole(call: Any, verb: str, fd: Descriptor, buffers: Sequence[Buffer], timeout: float | None) -> int:
-    number = _fileno(fd)
+def _whole(
+    call: Any, verb: str, number: int, buffers: Sequence[Buffer], timeout: float | None, moved: int = 0
+) -> int:
+    """Move the whole of *buffers*, before which *moved* bytes went already."""
     deadline_ns = deadline(timeout)
     if timeout is not None and os.get_blocking(number):
         raise ValueError(f"a timeout needs a non-blocking descriptor, and {number} is a blocking one")
     with ExitStack() as pinned:
         iov = _iovec(buffers, pinned, call is lib.ik_vectored_read_exact)
-        wanted: int = sum(entry.len for entry in iov)
-        transfer = ffi.new("ik_transfer *", {"iov": iov, "count": len(buffers)})
+        wanted: int = moved + sum(entry.len for entry in iov)
+        transfer = ffi.new("ik_transfer *", {"iov": iov, "count": len(buffers), "moved": moved})
         while True:
             rc = call(number, transfer, deadline_ns)
             if rc == -errno.EINTR:
@@ -155,7 +169,7 @@ def readv_exact(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | N
         likewise; TypeError for a read-only buffer; ValueError for a timeout on a blocking descriptor.
     See readv(2).
     """
-    return _whole(lib.ik_vectored_read_exact, "readv_exact", fd, list(buffers), timeout)
+    return _whole(lib.ik_vectored_read_exact, "readv_exact", fileno_of(fd), list(buffers), timeout)
 
 
 def writev_all(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | None = None) -> int:
@@ -168,4 +182,10 @@ def writev_all(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | No
     Raises: BrokenPipeError (EPIPE), TimeoutError (ETIMEDOUT), each saying how many bytes went.
     See writev(2).
     """
-    return _whole(lib.ik_vectored_write_all, "writev_all", fd, _gathered(list(buffers)), timeout)
+    number, items, moved = fileno_of(fd), list(buffers), 0
+    if timeout is None and (block := _gathered(items)) is not None:
+        moved = max(0, lib.ik_vectored_write_block(number, block, len(block)))
+        if moved == len(block):
+            return moved
+        items = [memoryview(block)[moved:]]  # an error comes again, and is told of then
+    return _whole(lib.ik_vectored_write_all, "writev_all", number, items, timeout, moved)

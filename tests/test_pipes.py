@@ -27,14 +27,6 @@ CHUNK = 4096
 PAYLOAD = CHUNK - 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def first_thread():
-    """glibc takes its own signal 33 with the first thread; that must not be blamed on a test."""
-    thread = threading.Thread(target=int)
-    thread.start()
-    thread.join()
-
-
 @pytest.fixture
 def pipe():
     reader, writer = pipes.pipe()
@@ -785,7 +777,7 @@ def test_what_came_between_the_chunks_is_seen_by_select(ends):
 
 
 def test_the_inbox_is_bounded(forked):
-    parent, child = pipes.duplex(max_message=100_000)
+    parent, child = pipes.duplex(max_message=100_000, max_inbox=100_000)
 
     def flood_for_ever(ready, end):
         end.keep()
@@ -802,6 +794,31 @@ def test_the_inbox_is_bounded(forked):
         assert 90 <= parent.stats().inbox <= 100
         other.kill()
         other.wait()
+
+
+def many_megabytes(ready, end, count):
+    """Send *count* messages of 1 MiB before receiving any."""
+    end.keep()
+    ready()
+    for number in range(count):
+        end.send(bytes([number]) * MIB)
+    for number in range(count):
+        assert end.recv() == bytes([number]) * MIB
+
+
+def test_64_plain_sends_of_1_mib_from_both_sides_at_once(ends, forked):
+    parent, child = ends
+    other = forked(many_megabytes, child, 64)
+    many_megabytes(other.wait_ready, parent, 64)
+    assert other.wait() == 0
+
+
+def test_bad_limits(ends):
+    for limit in (-1, 1 << 32):
+        with pytest.raises(ValueError, match=f"max_message must be a number of bytes .* not {limit}"):
+            pipes.pipe(max_message=limit)
+    with pytest.raises(ValueError, match="max_inbox must be a number of bytes >= 0, not -1"):
+        pipes.duplex(max_inbox=-1)
 
 
 def test_a_send_to_a_dead_peer_that_had_sent(ends, forked):
