@@ -182,7 +182,8 @@ def writev_all(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | No
     Raises: BrokenPipeError (EPIPE), TimeoutError (ETIMEDOUT), each saying how many bytes went.
     See writev(2).
     """
-    number, items, moved = fileno_of(fd), list(buffers), 0
+    number, items = fileno_of(fd), list(buffers)
+    moved: int = 0
     if timeout is None and (block := _gathered(items)) is not None:
         moved = max(0, lib.ik_vectored_write_block(number, block, len(block)))
         if moved == len(block):
