@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import select
 import signal
 import socketserver
@@ -83,9 +84,8 @@ def ended(pidfd: int, timeout: float) -> bool:
 def port_of(pidfd: int, output: Path) -> int:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        _, found, after = output.read_text().partition("listening on 127.0.0.1:")
-        if found and "\n" in after:
-            return int(after.split()[0])
+        if told := re.search(r"listening on 127\.0\.0\.1:(\d+).*\n", output.read_text()):
+            return int(told[1])
         if ended(pidfd, 0.005):
             raise Failed(f"did not start: {(output.read_text().strip() or 'no output').splitlines()[-1]}")
     raise Failed(f"did not say where it listens within {PATIENCE:.0f} s")
