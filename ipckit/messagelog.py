@@ -264,8 +264,7 @@ def _rebuild(path: str, format: str, durability: str, duplicates: "list[Any]") -
 class MessageLog(LogWriter):
     """A log file written by a logger child from the messages of this process and of those it forks.
 
-    Args:
-        path: created with mode 0600 if missing, appended to otherwise. Refused: symbolic links, FIFOs
+    Args: path: created with mode 0600 if missing, appended to otherwise. Refused: symbolic links, FIFOs
             and other non-files, files of other users, files with more than one link, and a file
             that another log writes now.
         format: "raw" or "record" (see the module).

@@ -89,8 +89,7 @@ def _endpoint(address: "tuple[str, int] | tuple[str, int, int, int]") -> str:
 class ForkServer:
     """Serve *listener*'s connections, a process each, logging to *log* before echoing.
 
-    Args:
-        listener: a listening stream socket; made non-blocking, closed at the stop.
+    Args: listener: a listening stream socket; made non-blocking, closed at the stop.
         log: the message log, or None; stays open.
         max_children: at that many connections at a time the next ones wait in the backlog.
         idle_timeout: seconds after which a silent client, or one that takes none of its answer, is
