@@ -18,14 +18,6 @@ typedef struct ik_transfer {
     uint64_t moved; /* bytes so far */
 } ik_transfer;
 
-/* One readv, writev, preadv2 or pwritev2 (offset -1: at the file's own position); at most
- * IOV_MAX buffers are used. Bytes moved, or -errno. */
-int64_t ik_vectored_read(int fd, const ik_iovec *iov, size_t count, int64_t offset, int flags);
-int64_t ik_vectored_write(int fd, const ik_iovec *iov, size_t count, int64_t offset, int flags);
-
-/* One write(2) of one block, for which no ik_iovec need be made. Bytes written, or -errno. */
-int64_t ik_vectored_write_block(int fd, const char *data, size_t len);
-
 /* Move the whole transfer, however many calls that takes; a non-blocking fd is waited for.
  * 0 when all is moved, or -EINTR, -ETIMEDOUT, another -errno; reading also -ENODATA: end of file.
  */

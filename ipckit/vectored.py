@@ -2,17 +2,16 @@
 """Scatter and gather: read into, or write from, many buffers in one system call. See readv(2).
 
 Any object with the buffer protocol will do (bytes, bytearray, memoryview, array, mmap, numpy
-arrays, ...) as long as it is C-contiguous; what is read into must be writable. Large buffers are
-never copied: the kernel gets their addresses. Runs of small ``bytes`` are joined first, because
-for those one copy costs less than telling the kernel an address for each.
+arrays, ...) as long as it is C-contiguous; what is read into must be writable. Nothing is copied:
+the kernel gets the addresses.
 
 All calls drop the GIL, work in any thread and after fork.
 """
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ipckit._native import ffi, lib
@@ -33,22 +32,12 @@ class HasFileno(Protocol):
 
 Descriptor = int | HasFileno
 
-# Below this average size copying into one block is cheaper than an address each (bench_vectored).
-_SMALL = 1024
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
 def fileno_of(fd: Descriptor) -> int:
     """The number of a descriptor or of what has one."""
     return fd if isinstance(fd, int) else fd.fileno()
-
-
-def _gathered(buffers: Sequence[Buffer]) -> bytes | None:
-    """One block of all *buffers*, if they are small and plain."""
-    if {*map(type, buffers)} <= {bytes, bytearray}:
-        plain: Sequence[bytes] = buffers  # type: ignore[assignment]
-        if sum(map(len, plain)) <= _SMALL * len(plain):
-            return b"".join(plain)
-    return None
 
 
 def pin(buffer: Buffer, pinned: ExitStack, writable: bool) -> Any:
@@ -73,14 +62,17 @@ def _iovec(buffers: Sequence[Buffer], pinned: ExitStack, writable: bool) -> Any:
     return iov
 
 
-def _once(call: Any, verb: str, fd: Descriptor, buffers: Sequence[Buffer], offset: int, flags: int) -> int:
-    number = fileno_of(fd)
-    with ExitStack() as pinned:
-        iov = _iovec(buffers, pinned, call is lib.ik_vectored_read)
-        while True:
-            rc: int = call(number, iov, len(buffers), offset, flags)
-            if rc != -errno.EINTR:
-                return check(rc, f"{verb} on descriptor {number}")
+def _once(call: Callable[..., int], fd: Descriptor, buffers: Iterable[Buffer], *where: int) -> int:
+    """One system call by the standard library's function, which pins buffers at a tenth of our cost."""
+    number, items = fileno_of(fd), list(buffers)[:_IOV_MAX]
+    try:
+        return call(number, items, *where)
+    except OSError as error:
+        return check(-(error.errno or errno.EIO), f"{call.__name__} on descriptor {number}")
+    except (BufferError, ValueError):
+        with ExitStack() as pinned:  # which one it is, and why
+            _iovec(items, pinned, call in (os.readv, os.preadv))
+        raise
 
 
 def non_negative(offset: int) -> int:
@@ -100,7 +92,7 @@ def readv(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
         empty; OSError EBADF and what else read(2) gives.
     Signals: their Python handlers run, then the call goes on (PEP 475). See readv(2).
     """
-    return _once(lib.ik_vectored_read, "readv", fd, list(buffers), -1, 0)
+    return _once(os.readv, fd, buffers)
 
 
 def writev(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
@@ -110,13 +102,7 @@ def writev(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
     Raises: BrokenPipeError (EPIPE), BlockingIOError (EAGAIN), what else write(2) gives.
     See writev(2).
     """
-    items = list(buffers)
-    if (block := _gathered(items)) is None:
-        return _once(lib.ik_vectored_write, "writev", fd, items, -1, 0)
-    number = fileno_of(fd)
-    while (rc := lib.ik_vectored_write_block(number, block, len(block))) == -errno.EINTR:
-        pass
-    return check(rc, f"writev on descriptor {number}") if rc < 0 else rc
+    return _once(os.writev, fd, buffers)
 
 
 def preadv(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 0) -> int:
@@ -126,7 +112,7 @@ def preadv(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 
     Raises: as readv(); OSError ESPIPE if *fd* can't seek, EOPNOTSUPP for flags unknown to the kernel;
         ValueError for a negative offset. See preadv2(2).
     """
-    return _once(lib.ik_vectored_read, "preadv", fd, list(buffers), non_negative(offset), flags)
+    return _once(os.preadv, fd, buffers, non_negative(offset), flags)
 
 
 def pwritev(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 0) -> int:
@@ -135,7 +121,7 @@ def pwritev(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int =
     Args: flags: ``os.RWF_DSYNC``, ``os.RWF_SYNC``, ``os.RWF_APPEND``, ... or 0.
     Raises: as writev(); ESPIPE, EOPNOTSUPP and ValueError as preadv(). See pwritev2(2).
     """
-    return _once(lib.ik_vectored_write, "pwritev", fd, list(buffers), non_negative(offset), flags)
+    return _once(os.pwritev, fd, buffers, non_negative(offset), flags)
 
 
 def _whole(
@@ -172,6 +158,15 @@ def readv_exact(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | N
     return _whole(lib.ik_vectored_read_exact, "readv_exact", fileno_of(fd), list(buffers), timeout)
 
 
+def _rest(items: list[bytes], moved: int) -> list[Buffer]:
+    """What is left of *items* after *moved* bytes of them."""
+    first = 0
+    while moved >= len(items[first]):
+        moved -= len(items[first])
+        first += 1
+    return [memoryview(items[first])[moved:], *items[first + 1 :]]
+
+
 def writev_all(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | None = None) -> int:
     """Write all of *buffers*, however many writes that takes; any number of buffers.
 
@@ -183,10 +178,12 @@ def writev_all(fd: Descriptor, buffers: Iterable[Buffer], *, timeout: float | No
     See writev(2).
     """
     number, items = fileno_of(fd), list(buffers)
-    moved: int = 0
-    if timeout is None and (block := _gathered(items)) is not None:
-        moved = max(0, lib.ik_vectored_write_block(number, block, len(block)))
-        if moved == len(block):
+    moved = 0
+    if timeout is None and len(items) <= _IOV_MAX and {*map(type, items)} <= {bytes, bytearray}:
+        plain: list[bytes] = items  # type: ignore[assignment]
+        with suppress(OSError):  # it comes again below, and is told of there
+            moved = os.writev(number, plain)  # most often that is all
+        if moved == sum(map(len, plain)):
             return moved
-        items = [memoryview(block)[moved:]]  # an error comes again, and is told of then
+        items = _rest(plain, moved)
     return _whole(lib.ik_vectored_write_all, "writev_all", number, items, timeout, moved)
