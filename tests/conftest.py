@@ -10,6 +10,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# numpy's threads block no signal, so they would take those that a test blocks in the main thread.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import pytest
 
 PATIENCE = 20.0  # seconds that a test waits for a child before it gives up
