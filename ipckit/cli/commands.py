@@ -170,7 +170,7 @@ def client(host: str, port: int) -> None:
 @click.option(
     "--clients", type=click.IntRange(1, 64), default=8, show_default=True, help="Clients at a time."
 )
-@click.option("--messages", type=click.IntRange(1), default=500, show_default=True, help="Messages of each.")
+@click.option("--messages", type=click.IntRange(1), default=2000, show_default=True, help="Messages of each.")
 @click.option(
     "--log",
     "path",

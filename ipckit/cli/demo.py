@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ipckit.messagelog import MessageLog
-from ipckit.pipes import Writer, pipe
+from ipckit.pipes import Reader, Writer, pipe
 from ipckit.process import Child, fork
 from ipckit.servers.fork import ForkServer, listen
 from ipckit.signals import blocked
@@ -35,9 +35,7 @@ def run(clients: int, messages: int, path: str) -> int:
         tell.close()
         if trouble := news.recv(timeout=30):
             return _failed(trouble.decode())
-        start = time.perf_counter()
-        good = _drive(address, clients, messages)
-        seconds = time.perf_counter() - start
+        good, seconds = _drive(address, clients, messages)
         server.send_signal(signal.SIGTERM)
         stopped = server.wait(30)
     logged = _logged(path, former)
@@ -74,21 +72,29 @@ def _line(client: int, message: int) -> bytes:
     return b"client %d message %d: hello through the pipe\n" % (client, message)
 
 
-def _drive(address: "tuple[str, int]", clients: int, messages: int) -> int:
-    """Run the clients at the same time; how many of them got back what they sent."""
-    running: list[Child] = [fork(_client, address, number, messages) for number in range(1, clients + 1)]
+def _drive(address: "tuple[str, int]", clients: int, messages: int) -> "tuple[int, float]":
+    """Run the clients at the same time: how many of them got back what they sent, and the seconds."""
+    line, gun = pipe()  # end of file on it is the start
+    numbers = range(1, clients + 1)
+    running: list[Child] = [fork(_client, address, number, messages, line, gun) for number in numbers]
+    gun.close()
+    start = time.perf_counter()
     statuses = [child.wait() for child in running]
+    seconds = time.perf_counter() - start
     for child in running:
         child.close()
-    return sum(status.code == 0 for status in statuses)
+    line.close()
+    return sum(status.code == 0 for status in statuses), seconds
 
 
-def _client(address: "tuple[str, int]", number: int, messages: int) -> int:
+def _client(address: "tuple[str, int]", number: int, messages: int, line: Reader, gun: Writer) -> int:
+    gun.close()
     with socket.create_connection(address) as connection, connection.makefile("rb") as answers:
+        line.read(1)
         for message in range(1, messages + 1):
-            line = _line(number, message)
-            connection.sendall(line)
-            if answers.readline() != line:
+            text = _line(number, message)
+            connection.sendall(text)
+            if answers.readline() != text:
                 return 1
         connection.shutdown(socket.SHUT_WR)
         return 0 if answers.read() == b"" else 1
