@@ -17,8 +17,16 @@
 /* A record of so many bytes is, as base64 with its head, no longer than PIPE_BUF. */
 enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880, LINGER_NS = 500000000 };
 
+/* The idle time is cut into so many ticks. A limit on each receive and send (SO_RCVTIMEO) would
+ * start and stop a timer of the kernel with each: 7 % of an echo. */
+enum { TICKS = 4 };
+
 static int stopping_socket;
 static volatile sig_atomic_t stopping;
+static volatile sig_atomic_t
+    moved; /* since the last tick, or waiting for the log, not the client */
+static volatile sig_atomic_t quiet_ticks;
+static volatile sig_atomic_t expired;
 
 /* shutdown(2) is async-signal-safe, and ends a read that has begun as well as the next one: there
  * is no moment at which SIGTERM could be missed. What has come already is still read. */
@@ -30,25 +38,41 @@ static void stop(int signum) {
     errno = saved;
 }
 
-static void take_signals(int socket) {
-    stopping_socket = socket;
-    struct sigaction action = {.sa_handler = stop};
-    sigaction(SIGTERM, &action, NULL);
-    signal(SIGINT, SIG_IGN); /* a terminal's Ctrl-C is for the server, which then sends SIGTERM */
-    signal(SIGPIPE, SIG_IGN);
-    sigset_t term;
-    sigemptyset(&term);
-    sigaddset(&term, SIGTERM);
-    ik_process_unblock();
-    sigprocmask(SIG_UNBLOCK, &term, NULL); /* the server itself may take it through a signalfd */
+/* As stop(), when the client has been idle: both ways, because it may be a send that waits. */
+static void tick(int signum) {
+    (void)signum;
+    int saved = errno;
+    quiet_ticks = moved ? 0 : quiet_ticks + 1;
+    moved = 0;
+    if (quiet_ticks >= TICKS) {
+        expired = 1;
+        shutdown(stopping_socket, SHUT_RDWR);
+    }
+    errno = saved;
 }
 
-static void limit_waits(int socket, int64_t idle_ns) {
-    if (idle_ns <= 0)
-        return;
-    struct timeval idle = {idle_ns / 1000000000, idle_ns % 1000000000 / 1000};
-    setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
-    setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &idle, sizeof idle);
+static void take_signals(int socket) {
+    stopping_socket = socket;
+    struct sigaction action = {.sa_handler = stop, .sa_flags = SA_RESTART};
+    sigaction(SIGTERM, &action, NULL);
+    action.sa_handler = tick;
+    sigaction(SIGALRM, &action, NULL);
+    signal(SIGINT, SIG_IGN); /* a terminal's Ctrl-C is for the server, which then sends SIGTERM */
+    signal(SIGPIPE, SIG_IGN);
+    sigset_t ours;
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGTERM);
+    sigaddset(&ours, SIGALRM);
+    ik_process_unblock();
+    sigprocmask(SIG_UNBLOCK, &ours, NULL); /* the server itself may take them through a signalfd */
+}
+
+static void start_ticks(int64_t idle_ns) {
+    int64_t us = (idle_ns / TICKS + 999) / 1000;
+    struct timeval each = {us / 1000000, us % 1000000};
+    struct itimerval timer = {each, each};
+    if (idle_ns > 0)
+        setitimer(ITIMER_REAL, &timer, NULL);
 }
 
 static ssize_t receive(int socket, char *block, size_t most) {
@@ -67,9 +91,10 @@ static int log_piece(ik_echo *echo, const char *piece, size_t len) {
         append.data = line;
     }
     int rc;
-    do
+    do {
+        moved = 1; /* it is not the client that we wait for */
         rc = ik_log_append(echo->log, &append, IK_FOREVER);
-    while (rc == -EINTR);
+    } while (rc == -EINTR);
     return rc;
 }
 
@@ -77,8 +102,9 @@ static int send_back(int socket, const char *piece, size_t len) {
     while (len > 0) {
         ssize_t n = send(socket, piece, len, MSG_NOSIGNAL);
         if (n < 0 && errno != EINTR)
-            return errno == EAGAIN ? IK_ECHO_NOT_READ : IK_ECHO_RESET;
+            return expired ? IK_ECHO_NOT_READ : IK_ECHO_RESET;
         if (n > 0) {
+            moved = 1;
             piece += n;
             len -= (size_t)n;
         }
@@ -91,10 +117,8 @@ static int serve(ik_echo *echo) {
     size_t most = echo->log && echo->log->format == IK_LOG_RECORD ? RECORD_PIECE : RAW_PIECE;
     for (;;) {
         ssize_t n = receive(echo->socket, block, most);
-        if (n == 0)
-            return IK_ECHO_DONE;
-        if (n < 0)
-            return errno == EAGAIN ? IK_ECHO_IDLE : IK_ECHO_RESET;
+        if (n <= 0)
+            return expired ? IK_ECHO_IDLE : n == 0 ? IK_ECHO_DONE : IK_ECHO_RESET;
         if (echo->log && log_piece(echo, block, (size_t)n) < 0)
             return IK_ECHO_LOG_FAILED;
         int end = send_back(echo->socket, block, (size_t)n);
@@ -124,7 +148,7 @@ static void linger(int socket) {
 int ik_echo_run(void *argument) {
     ik_echo *echo = argument;
     take_signals(echo->socket);
-    limit_waits(echo->socket, echo->idle_ns);
+    start_ticks(echo->idle_ns);
     int end = serve(echo);
     if (stopping)
         linger(echo->socket);

@@ -7,7 +7,7 @@
 /* How a connection ended: the child's exit status. */
 enum ik_echo_end {
     IK_ECHO_DONE = 0,       /* the client closed its side, or we were told to stop */
-    IK_ECHO_IDLE = 3,       /* nothing came for idle_ns */
+    IK_ECHO_IDLE = 3,       /* nothing came for idle_ns, or up to a quarter longer */
     IK_ECHO_NOT_READ = 4,   /* the client took none of the answer for idle_ns */
     IK_ECHO_RESET = 5,      /* the connection broke */
     IK_ECHO_LOG_FAILED = 6, /* the log did not take the message, so it was not echoed either */

@@ -20,7 +20,7 @@
 #include "wait.h"
 
 /* No internal wait is longer than this before it looks again whether it still makes sense. */
-enum { SLICE_NS = 100000000, MOVE_MAX = 1 << 20, SMALL_MOVE = 1 << 15, MOMENT_NS = 200000 };
+enum { SLICE_NS = 100000000, MOVE_MAX = 1 << 20, SMALL_MOVE = 1 << 15, MOMENT_NS = 1000000 };
 
 struct ik_log_shared {
     pthread_mutex_t lock; /* robust, process-shared: one message at a time */
@@ -238,6 +238,12 @@ static int mend(ik_log *log) {
     return 0;
 }
 
+/* Under the lock: no locked instruction is needed, only that a reader sees no half of it. */
+static void add(_Atomic uint64_t *counter, uint64_t n) {
+    uint64_t now = atomic_load_explicit(counter, memory_order_relaxed);
+    atomic_store_explicit(counter, now + n, memory_order_relaxed);
+}
+
 /* One attempt, lock held: what can be written now is. 0 when the message is whole in the pipe. */
 static int write_some(ik_log *log, ik_append *append) {
     ik_log_shared *shared = log->shared;
@@ -259,8 +265,8 @@ static int write_some(ik_log *log, ik_append *append) {
         append->sent += (size_t)n;
     }
     atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
-    atomic_fetch_add_explicit(&shared->messages, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&shared->bytes, append->len, memory_order_relaxed);
+    add(&shared->messages, 1);
+    add(&shared->bytes, append->len);
     return 0;
 }
 
