@@ -93,7 +93,7 @@ class ForkServer:
         log: the message log, or None; stays open.
         max_children: at that many connections at a time the next ones wait in the backlog.
         idle_timeout: seconds after which a silent client, or one that takes none of its answer, is
-            closed; None: never.
+            closed, or up to a quarter later; None: never.
     """
 
     def __init__(
