@@ -23,8 +23,8 @@ enum { TICKS = 4 };
 
 static int stopping_socket;
 static volatile sig_atomic_t stopping;
-static volatile sig_atomic_t
-    moved; /* since the last tick, or waiting for the log, not the client */
+/* Since the last tick; or it is the log, not the client, that is waited for. */
+static volatile sig_atomic_t moved;
 static volatile sig_atomic_t quiet_ticks;
 static volatile sig_atomic_t expired;
 

@@ -142,8 +142,8 @@ static int find_needed(FILE *smaps) {
         uintptr_t start = (uintptr_t)state.asked[i].start;
         complete &= keep(start, start + state.asked[i].len);
     }
-    for (mapping m;
-         next_mapping(smaps, &m);) /* thread-local storage; the stack, if it has no name */
+    /* Thread-local storage; the stack, if it has no name. */
+    for (mapping m; next_mapping(smaps, &m);)
         if (has(&m.at, &errno) || (has(&m.at, &m) && !m.special))
             complete &= keep(m.at.start, m.at.end);
     rewind(smaps);
@@ -152,11 +152,15 @@ static int find_needed(FILE *smaps) {
 
 /* --- the marks ---------------------------------------------------------------------------------*/
 
-static void unmark(void) {
+static void advise(int advice) {
     for (size_t i = 0; i < state.n_marked; i++) {
         const range *r = &state.marked[i];
-        madvise((void *)r->start, r->end - r->start, MADV_DOFORK);
+        madvise((void *)r->start, r->end - r->start, advice);
     }
+}
+
+static void unmark(void) {
+    advise(MADV_DOFORK);
     state.n_marked = 0;
     state.forks = -1;
 }
@@ -208,9 +212,7 @@ static int mark(const ik_lean_range *memory, size_t n_memory) {
     if (known)
         choose(smaps);
     fclose(smaps);
-    for (size_t i = 0; i < state.n_marked; i++)
-        madvise((void *)state.marked[i].start, state.marked[i].end - state.marked[i].start,
-                MADV_DONTFORK);
+    advise(MADV_DONTFORK);
     state.forks = 0;
     return known;
 }

@@ -177,8 +177,8 @@ int ik_process_fork_lean(int (*run)(void *), void *argument, const int *keep, si
 int ik_process_die_with_parent(int signum, int parent) {
     if (prctl(PR_SET_PDEATHSIG, signum) < 0)
         return -errno;
-    int now =
-        getppid(); /* 0: the parent lives in an outer pid namespace, where it can't be compared */
+    /* 0: the parent lives in an outer pid namespace, where it can't be compared. */
+    int now = getppid();
     if (now != parent && now != 0)
         kill(getpid(), signum);
     return 0;

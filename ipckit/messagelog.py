@@ -196,10 +196,14 @@ class LogWriter:
         rc = -errno.EINTR
         try:
             while rc == -errno.EINTR:
-                rc = lib.ik_log_append(self.native, append, deadline_ns)
+                rc = self._try_append(append, deadline_ns)
         finally:
             lib.ik_log_abandon(self.native, append)
         check(rc, self.path)
+
+    def _try_append(self, append: Any, deadline_ns: int) -> int:
+        rc: int = lib.ik_log_append(self.native, append, deadline_ns)
+        return rc
 
     def _line(self, data: Buffer, peer: str, connection: int) -> Any:
         if self.format == "raw":
@@ -354,34 +358,36 @@ class MessageLog(LogWriter):
             raise RuntimeError(
                 f"the logger of {self.path} died {len(self._recent)} times in a second: {status}"
             )
-        self.logger.close()
-        self._logger = self._start_logger()
-        self.restarts += 1
+        self._replace(self.logger)
         return True
 
-    def _append(self, append: Any, deadline_ns: int) -> None:
+    def _replace(self, dead: Child) -> None:
+        dead.close()
+        self._logger = self._start_logger()
+        self.restarts += 1
+
+    def _try_append(self, append: Any, deadline_ns: int) -> int:
+        """For a while only, then look whether the logger lives; -EINTR: go on."""
         if self._logger is None:  # in a forked child
-            super()._append(append, deadline_ns)
-            return
-        rc = -errno.EINTR
-        try:
-            while rc == -errno.EINTR:
-                look_ns = time.monotonic_ns() + _LOOK_NS
-                if deadline_ns != wait.FOREVER:
-                    look_ns = min(look_ns, deadline_ns)
-                rc = lib.ik_log_append(self.native, append, look_ns)
-                if rc == -errno.ETIMEDOUT and look_ns != deadline_ns:
-                    self.supervise()
-                    rc = -errno.EINTR
-        finally:
-            lib.ik_log_abandon(self.native, append)
-        check(rc, self.path)
+            return super()._try_append(append, deadline_ns)
+        look_ns = time.monotonic_ns() + _LOOK_NS
+        if deadline_ns != wait.FOREVER:
+            look_ns = min(look_ns, deadline_ns)
+        rc = super()._try_append(append, look_ns)
+        if rc == -errno.ETIMEDOUT and look_ns != deadline_ns:
+            self.supervise()
+            return -errno.EINTR
+        return rc
+
+    def _counters(self) -> Any:
+        counters = ffi.new("ik_log_counters *")
+        lib.ik_log_read_counters(self.native, counters)
+        return counters
 
     def stats(self) -> LogStats:
         """The counters of this moment, over all writers. Raises: Closed."""
         self.logger  # noqa: B018 - raises unless open and the supervisor's
-        counters = ffi.new("ik_log_counters *")
-        lib.ik_log_read_counters(self.native, counters)
+        counters = self._counters()
         return LogStats(
             messages=counters.messages,
             bytes=counters.bytes,
@@ -422,18 +428,15 @@ class MessageLog(LogWriter):
             if status.exited:
                 check(-(status.code or 0), self.path)
                 return
-            self._logger.close()
-            self._logger = self._start_logger()
-            self.restarts += 1
+            self._replace(self._logger)
 
     def _give_up(self) -> NoReturn:
         assert self._logger is not None
-        counters = ffi.new("ik_log_counters *")
-        lib.ik_log_read_counters(self.native, counters)
+        error = self._counters().error
         self._logger.kill()
         self._logger.wait()
         left = lib.ik_log_backlog(self.native)
-        why = os.strerror(counters.error) if counters.error else "writers still have it open"
+        why = os.strerror(error) if error else "writers still have it open"
         raise TimeoutError(
             errno.ETIMEDOUT, f"the log was not finished: {why}; {left} bytes not written", self.path
         )

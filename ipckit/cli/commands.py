@@ -5,7 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import click
 
@@ -27,6 +27,17 @@ def _one_line(what: str) -> Iterator[None]:
         raise click.ClickException(f"{what}: {error.strerror}") from None
     except OSError as error:
         raise click.ClickException(f"{what}: {error.strerror or error}") from None
+
+
+def _log_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--log",
+        "path",
+        type=click.Path(dir_okay=False),
+        default="echomsg.txt",
+        show_default=True,
+        help=text,
+    )
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,14 +62,7 @@ def group() -> None:
     show_default=True,
     help="The port to listen on; 0 takes a free one and prints it.",
 )
-@click.option(
-    "--log",
-    "path",
-    type=click.Path(dir_okay=False),
-    default="echomsg.txt",
-    show_default=True,
-    help="The file that the logger child appends to.",
-)
+@_log_option("The file that the logger child appends to.")
 @click.option(
     "--format",
     type=click.Choice(["raw", "record"]),
@@ -171,14 +175,7 @@ def client(host: str, port: int) -> None:
     "--clients", type=click.IntRange(1, 64), default=8, show_default=True, help="Clients at a time."
 )
 @click.option("--messages", type=click.IntRange(1), default=2000, show_default=True, help="Messages of each.")
-@click.option(
-    "--log",
-    "path",
-    type=click.Path(dir_okay=False),
-    default="echomsg.txt",
-    show_default=True,
-    help="The log; what is in it already stays.",
-)
+@_log_option("The log; what is in it already stays.")
 def demo(clients: int, messages: int, path: str) -> None:
     """Start the echo server on loopback, drive it with real clients, verify its log, stop it."""
     from ipckit.cli import demo as demonstration
