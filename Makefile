@@ -12,15 +12,16 @@ HEADERS = $(wildcard csrc/*.h)
 SOURCES = $(filter-out csrc/hot.c,$(wildcard csrc/*.c))
 OBJECTS = $(SOURCES:csrc/%.c=build/csrc/%.o)
 CTESTS = $(patsubst tests/c/%.c,build/tests/%,$(wildcard tests/c/test_*.c))
+CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof bench-server bench-streams ctest csrc cbench lint format docs matrix clean
+.PHONY: demo test proof bench-server bench-streams bench-objects ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	$(BIN)/ipckit demo
 
-test: $(VENV)/.built-dev ctest cbench
+test: $(VENV)/.built-dev ctest cbench cpeers
 	$(BIN)/python -m pytest -q $(PYTEST)
 
 # --- the environment: one stamp for what a user needs, one for what a developer needs
@@ -71,6 +72,13 @@ build/bench/%: bench/c/%.c
 
 cbench: $(CBENCH)
 
+# Programs that use the kernel without us: what the tests talk to.
+build/peers/%: tests/c/peer_%.c
+	@mkdir -p $(@D)
+	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -o $@ $< -pthread
+
+cpeers: $(CPEERS)
+
 # --- developers
 
 lint: $(VENV)/.built-dev
@@ -82,10 +90,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c $(wildcard bench/c/*.c)
 
-proof: $(VENV)/.built-dev ctest
+proof: $(VENV)/.built-dev ctest cpeers
 	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s -m proof $(PYTEST)
 
-bench-server bench-streams: bench-%: $(VENV)/.built-dev cbench
+bench-server bench-streams bench-objects: bench-%: $(VENV)/.built-dev cbench
 	$(BIN)/python bench/bench_$*.py $(BENCH)
 
 matrix:
