@@ -10,6 +10,8 @@ The rooms, lowest first; each imports only from those before it:
     pipes       framed messages and bytes over one pipe and over two; splice, tee
     signals     sigaction with its flags and siginfo, signals by descriptor, sigqueue
     process     fork, children held by a pidfd, the reaper
+    limits      the kernel's limits on named objects, and how to raise them
+    registry    who made and who uses what has a name in the kernel
     messagelog  many writers, one pipe, a logger child, a file
     servers     the echo server (a process per connection) and the split client
     cli         ipckit serve, client, demo

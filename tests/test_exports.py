@@ -9,7 +9,7 @@ IN_THE_ROOM = {
     "process": {"NativeMemory"},
     "errors": {"check"},
 }
-BY_MODULE = {"sockets", "wait"}
+BY_MODULE = {"limits", "registry", "sockets", "wait"}
 
 
 def rooms():
