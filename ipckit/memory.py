@@ -6,8 +6,9 @@ shrink it under the others. It reaches other processes by fork, by pickling to t
 multiprocessing, or as a descriptor over a Unix socket (``sockets.send_fds``).
 
 All memory is allocated when it is made, so what is missing is an OSError then and not a SIGBUS later.
-Nothing here blocks. Any thread, and children after fork, may use a handle; what the bytes mean, and who
-may write when, is the users' business.
+Nothing here blocks, but for the clearing of new pages, and what has a name for a cleaner of the registry
+(10 s at most). Any thread, and children after fork, may use a handle; what the bytes mean, and who may
+write when, is the users' business.
 """
 
 import errno
@@ -18,8 +19,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ipckit import registry
@@ -38,13 +38,20 @@ _STEP = 2 << 20
 _LARGE = 64 << 20
 
 
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    """The OSError of a bare system call, told again with what it was about."""
-    try:
-        yield
-    except OSError as error:
-        check(-(error.errno or errno.EIO), what)
+class _naming:
+    """The OSError of a bare system call, told again with what it was about.
+
+    Not contextlib's, whose errors are cycles in 3.13, which would keep a dropped handle from going.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: "BaseException | None", trace: object) -> None:
+        if isinstance(error, OSError) and error.errno:  # a signal handler's own may have none
+            check(-error.errno, self.what)
 
 
 class Mapping:
@@ -78,11 +85,10 @@ class Mapping:
     @property
     def buf(self) -> memoryview:
         """A new view of all the bytes. Raises: Closed."""
-        try:
-            if self._map is not None:
-                return memoryview(self._map)
-        except (TypeError, ValueError):  # another thread closed it in between
-            pass
+        mapped = self._map
+        with suppress(ValueError):  # another thread closed it in between
+            if mapped is not None:
+                return memoryview(mapped)
         raise Closed(f"{self._what} is closed")
 
     def asarray(
@@ -143,9 +149,10 @@ class Mapping:
             only the handle and its descriptor now.
         Raises: BufferError if views live and *defer* is false; nothing is closed then.
         """
-        if self._map is not None and not defer:
+        mapped = self._map
+        if mapped is not None and not defer:
             try:
-                self._map.close()
+                mapped.close()
             except BufferError:
                 raise BufferError(
                     f"{self._what} still has views or arrays; delete them, or close(defer=True)"
@@ -186,15 +193,17 @@ def allocate(fd: int, size: int, what: str) -> None:
         raise ValueError(f"size must be at least 1 byte, not {size}")
     _refuse_the_impossible(size, what)
     try:
-        # In steps: the kernel gives up all of an interrupted call, so that one call for the whole might
-        # never end in a process with a fast timer.
+        # In steps, between which signal handlers run: some kernels don't let a signal interrupt the call,
+        # others then give up all of it, so that one for the whole might never end beside a fast timer.
         for start in range(0, size, _STEP):
-            os.posix_fallocate(fd, start, min(_STEP, size - start))
+            with _naming(what):
+                os.posix_fallocate(fd, start, min(_STEP, size - start))
     except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
         os.ftruncate(fd, 0)
         room = os.fstatvfs(fd)
-        left = f": {room.f_bavail * room.f_frsize} bytes are free" if error.errno == errno.ENOSPC else ""
-        check(-(error.errno or errno.EIO), what + left)
+        check(-errno.ENOSPC, f"{what}: {room.f_bavail * room.f_frsize} bytes are free")
 
 
 def _refuse_the_impossible(size: int, what: str) -> None:
@@ -230,7 +239,7 @@ class SharedMemory(Mapping):
         digits, ``.``, ``_`` and ``-``. readonly: open it without the right to write.
     Raises: ValueError for a wrong name, size or combination; FileNotFoundError (ENOENT), FileExistsError
         (EEXIST); OSError ENOSPC, ENOMEM, EFBIG if there is not so much memory; EMFILE, ENFILE; for what has
-        the name as check_file().
+        the name as check_file(), and TimeoutError (ETIMEDOUT) if the registry was locked for 10 s.
     Fork: the child has it too. Pickle: to children of multiprocessing as they start; with a name, anywhere.
     See memfd_create(2), F_ADD_SEALS in fcntl(2), shm_overview(7).
     """
@@ -346,9 +355,8 @@ class SharedMemory(Mapping):
     def _unlink(self, at: int) -> None:
         assert self.name is not None
         try:
-            if _birth(os.stat(_file(self.name), dir_fd=at, follow_symlinks=False)) != _birth(
-                os.fstat(self._fd)
-            ):
+            found = os.stat(_file(self.name), dir_fd=at, follow_symlinks=False)
+            if _birth(found) != _birth(os.fstat(self.fileno())):
                 check(-errno.ENOENT)
             if self._member is not None:
                 self._member.forget()  # first: afterwards the records might be those of later memory
@@ -516,6 +524,10 @@ def _examine(fd: int, found: os.stat_result, readonly: bool, unsealed: bool) -> 
         raise ValueError(
             f"descriptor {fd} is not sealed against shrinking and growing: "
             "who sent it could end this process; unsealed=True takes that risk"
+        )
+    if not unsealed and os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
+        raise ValueError(
+            f"descriptor {fd} is of huge pages, which a peer can take away; unsealed=True takes it"
         )
     mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
     if not readonly and mode != os.O_RDWR:

@@ -163,6 +163,25 @@ def test_a_fast_timer_does_not_keep_it_from_being_made(forked):
     assert forked(timed).wait() == 0
 
 
+def test_a_signal_handler_may_give_it_up(name):
+    def give_up(*_):
+        raise TimeoutError("enough")
+
+    former = signal.signal(signal.SIGUSR1, give_up)
+    try:
+        for more in ({}, {"name": name, "create": True}):
+            timer = threading.Timer(
+                0.01, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1)
+            )
+            timer.start()
+            with pytest.raises(TimeoutError, match="enough"):
+                SharedMemory(512 << 20, **more)
+            timer.join()
+        assert not folder().exists()
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+
+
 # --- views ---------------------------------------------------------------------------------------
 
 
@@ -531,6 +550,11 @@ REFUSED = {
     "sealed against growing only": (lambda: memfd(5000, fcntl.F_SEAL_GROW), {}, "not sealed"),
     "short": (lambda: memfd(4999), {"size": 5000}, "has 4999 bytes, not 5000"),
     "long": (lambda: memfd(5001), {"size": 5000}, "has 5001 bytes, not 5000"),
+    "of huge pages": (
+        lambda: memfd(1 << 30, SEALED, os.MFD_ALLOW_SEALING | os.MFD_HUGETLB),
+        {},
+        "is of huge pages",
+    ),
     "empty": (lambda: memfd(0), {}, "is empty"),
     "empty and unsealed": (lambda: memfd(0, 0), {"unsealed": True}, "is empty"),
     "a file": (lambda: a_file("/tmp"), {}, "not sealed"),
