@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <mqueue.h>
 #include <poll.h>
+#include <semaphore.h>
 #include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -248,4 +249,61 @@ void ik_posix_queue_after_fork(ik_posix_queue *queue) {
     drop(&queue->wake); /* it would wake the parent's */
     queue->state = (queue->state & CLOSED) + 1;
     leave(queue);
+}
+
+/* --- semaphores */
+
+size_t ik_posix_semaphore_size(void) {
+    return sizeof(sem_t);
+}
+
+int ik_posix_semaphore_open(ik_posix_semaphore *ret_semaphore, const char *name) {
+    sem_t *sem = sem_open(name, 0);
+    if (sem == SEM_FAILED)
+        return -errno;
+    *ret_semaphore = (ik_posix_semaphore){.sem = sem};
+    return 0;
+}
+
+/* A sleeper in sem_clockwait can be woken by nothing but a post, which would be somebody's who took
+ * it for one: so it looks up ten times a second whether its handle was closed. */
+enum { LOOK_UP = 100000000 }; /* nanoseconds */
+
+static int wait_for_one(sem_t *sem, int64_t deadline_ns) {
+    int64_t now = ik_wait_now(), until = now + LOOK_UP;
+    if (deadline_ns != IK_FOREVER && deadline_ns < until)
+        until = deadline_ns;
+    struct timespec at = {until / 1000000000, until % 1000000000};
+    if (sem_clockwait(sem, CLOCK_MONOTONIC, &at) == 0)
+        return 0;
+    return errno == ETIMEDOUT && until != deadline_ns ? -EAGAIN : -errno;
+}
+
+int ik_posix_semaphore_acquire(ik_posix_semaphore *semaphore, int64_t deadline_ns) {
+    int rc = -EAGAIN;
+    while (rc == -EAGAIN) {
+        if (__atomic_load_n(&semaphore->closed, __ATOMIC_SEQ_CST))
+            return -EBADF;
+        rc = wait_for_one(semaphore->sem, deadline_ns);
+    }
+    return rc;
+}
+
+int ik_posix_semaphore_release(ik_posix_semaphore *semaphore) {
+    return sem_post(semaphore->sem) < 0 ? -errno : 0;
+}
+
+int ik_posix_semaphore_value(ik_posix_semaphore *semaphore) {
+    int value;
+    return sem_getvalue(semaphore->sem, &value) < 0 ? -errno : value;
+}
+
+void ik_posix_semaphore_close(ik_posix_semaphore *semaphore) {
+    __atomic_store_n(&semaphore->closed, 1, __ATOMIC_SEQ_CST);
+}
+
+void ik_posix_semaphore_free(ik_posix_semaphore *semaphore) {
+    if (semaphore->sem)
+        sem_close(semaphore->sem);
+    semaphore->sem = NULL;
 }

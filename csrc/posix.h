@@ -70,3 +70,22 @@ void ik_posix_queue_leave(ik_posix_queue *queue);
 void ik_posix_queue_close(ik_posix_queue *queue);
 /* In a child: the calls that were inside are the parent's. */
 void ik_posix_queue_after_fork(ik_posix_queue *queue);
+
+/* A semaphore. Only a thread that holds a reference to the handle calls these. */
+typedef struct ik_posix_semaphore {
+    void *sem;
+    int closed;
+} ik_posix_semaphore;
+
+/* Bytes of the file that one is in. */
+size_t ik_posix_semaphore_size(void);
+/* Open the semaphore with this name. 0, or -ENOENT, -EACCES, -EINVAL: no semaphore, ... */
+int ik_posix_semaphore_open(ik_posix_semaphore *ret_semaphore, const char *name);
+/* Take one, waiting until there is one. 0, or -ETIMEDOUT, -EINTR, -EBADF: closed. */
+int ik_posix_semaphore_acquire(ik_posix_semaphore *semaphore, int64_t deadline_ns);
+/* 0, or -EOVERFLOW. */
+int ik_posix_semaphore_release(ik_posix_semaphore *semaphore);
+int ik_posix_semaphore_value(ik_posix_semaphore *semaphore);
+/* Those inside acquire end within 100 ms; the mapping goes with free. */
+void ik_posix_semaphore_close(ik_posix_semaphore *semaphore);
+void ik_posix_semaphore_free(ik_posix_semaphore *semaphore);

@@ -9,3 +9,4 @@ programs, in C or with the ``posix_ipc`` package, find the same things under the
 from ipckit.posix.queue import Message as Message
 from ipckit.posix.queue import MessageQueue as MessageQueue
 from ipckit.posix.queue import QueueStat as QueueStat
+from ipckit.posix.semaphore import Semaphore as Semaphore

@@ -3,8 +3,8 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable
 from typing import TypeVar
 
 import posix_ipc
@@ -53,16 +53,20 @@ def _number(error: Exception, exclusive: bool) -> int:
     return errno.EINVAL
 
 
-@contextmanager
-def told(what: str, *, exclusive: bool = False) -> Iterator[None]:
-    """The package's exceptions as the OSError of their errno, naming *what*."""
-    try:
-        yield
-    except (posix_ipc.Error, OSError, ValueError, MemoryError) as error:
-        number = _number(error, exclusive)
-    else:
-        return
-    check(-number, what)
+class told:
+    """The package's exceptions, and bare OSErrors, as the OSError of their errno, naming *what*.
+
+    Not contextlib's, whose errors are cycles in 3.13, which would keep a dropped handle from going.
+    """
+
+    def __init__(self, what: str, *, exclusive: bool = False) -> None:
+        self.what, self.exclusive = what, exclusive
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (posix_ipc.Error, OSError, ValueError, MemoryError)):
+            check(-_number(error, self.exclusive), self.what)
 
 
 def make_or_open(
@@ -70,22 +74,49 @@ def make_or_open(
 ) -> tuple[_T, bool]:
     """What has the name, and whether we made it; whatever others make and remove meanwhile."""
     while True:
-        if create:
+        if not exclusive:
             try:
-                return make(), True
-            except FileExistsError:
-                if exclusive:
+                return find(), False
+            except FileNotFoundError:
+                if not create:
                     raise
         try:
-            return find(), False
-        except FileNotFoundError:
-            if not create:
+            return make(), True
+        except FileExistsError:
+            if exclusive:
                 raise
 
 
 def birth(found: os.stat_result) -> str:
     """What tells an object from a later one of the same name."""
     return f"{found.st_dev}.{found.st_ino}"
+
+
+def look(path: str, owner: int | None, what: str) -> os.stat_result:
+    """The file in /dev/shm that a name of the C library's stands for, before it is opened.
+
+    Raises: FileNotFoundError (ENOENT); as check_file().
+    """
+    with told(what):
+        found = os.stat(path, follow_symlinks=False)
+    check_file(found, owner, what)
+    return found
+
+
+def check_file(found: os.stat_result, owner: int | None, what: str) -> None:
+    """Refuse what somebody else may have put there.
+
+    Raises: OSError ELOOP, EISDIR, EINVAL for a symbolic link, a folder, and what else is no file;
+        PermissionError (EPERM) if it is another user's than *owner*'s (None: our own).
+    """
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        number = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}.get(kind, errno.EINVAL)
+        check(-number, f"{what} is no file, but {stat.filemode(found.st_mode)}")
+    wanted = os.geteuid() if owner is None else owner
+    if found.st_uid != wanted:
+        hint = "" if owner is not None else f"; owner={found.st_uid} opens it on purpose"
+        check(-errno.EPERM, f"{what} belongs to user {found.st_uid}, not to {wanted}{hint}")
 
 
 def record(kind: str, name: str, created: bool, found: os.stat_result) -> registry.Membership:
