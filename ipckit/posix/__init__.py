@@ -6,6 +6,7 @@ A name is a slash and 1 to 255 bytes without another one. What it names lives in
 programs, in C or with the ``posix_ipc`` package, find the same things under the same names.
 """
 
+from ipckit.posix.memory import SharedMemory as SharedMemory
 from ipckit.posix.queue import Message as Message
 from ipckit.posix.queue import MessageQueue as MessageQueue
 from ipckit.posix.queue import QueueStat as QueueStat
