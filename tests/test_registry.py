@@ -310,7 +310,7 @@ import os, signal
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGSTOP))
 from ipckit import registry
 with registry.entering():
-    registry.enter("posix-queue", "/jobs", created=True)
+    member = registry.enter("posix-queue", "/jobs", created=True)
 child = os.fork()
 if child == 0:
     signal.pause()
