@@ -305,8 +305,7 @@ class SharedMemory(Mapping):
 
     def _record(self, created: bool, found: os.stat_result) -> None:
         assert self.name is not None
-        birth = _birth(found) if created else ""
-        self._member = registry.enter("memory", self.name, created=created, birth=birth)
+        self._member = registry.enter("memory", self.name, created=created, birth=_birth(found))
 
     @classmethod
     def from_fd(
@@ -358,9 +357,9 @@ class SharedMemory(Mapping):
             found = os.stat(_file(self.name), dir_fd=at, follow_symlinks=False)
             if _birth(found) != _birth(os.fstat(self.fileno())):
                 check(-errno.ENOENT)
-            if self._member is not None:
-                self._member.forget()  # first: afterwards the records might be those of later memory
             os.unlink(_file(self.name), dir_fd=at)
+            if self._member is not None:
+                self._member.forget()
         finally:
             os.close(at)
 
