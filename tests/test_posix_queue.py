@@ -799,3 +799,10 @@ def test_close_ends_a_waiting_task(queue):
 def test_iterating(queue):
     queue.send_many([b"1", b"2", b"3"])
     assert [message for _, message in zip(range(3), queue, strict=False)] == [b"1", b"2", b"3"]
+
+
+def test_the_example():
+    example = Path(__file__).parent.parent / "examples" / "priority_queue.py"
+    run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=PATIENCE)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == "put out the fire, answer the phone, open the door, sweep, dust\n"

@@ -18,7 +18,6 @@ from ipckit.posix.names import (
     check_name,
     look,
     make_or_open,
-    record,
     told,
 )
 
@@ -119,14 +118,14 @@ class SharedMemory(Mapping):
         try:
             found = os.fstat(fd)
             self._birth = birth(found)
-            self._member = record("posix-memory", self.name, created, found)
+            self._member = registry.enter("posix-memory", self.name, created=created, birth=self._birth)
             Mapping.__init__(self, fd, found.st_size, self._what, readonly=readonly)
         except BaseException:
             os.close(fd)
             if created:
                 os.unlink(self._path)
             if self._member is not None:
-                self._member.leave()
+                self._member.forget() if created else self._member.leave()
             raise
 
     def unlink(self) -> None:

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import posix_ipc
 
-from ipckit import registry
 from ipckit.errors import check
 
 _T = TypeVar("_T")
@@ -117,7 +116,3 @@ def check_file(found: os.stat_result, owner: int | None, what: str) -> None:
     if found.st_uid != wanted:
         hint = "" if owner is not None else f"; owner={found.st_uid} opens it on purpose"
         check(-errno.EPERM, f"{what} belongs to user {found.st_uid}, not to {wanted}{hint}")
-
-
-def record(kind: str, name: str, created: bool, found: os.stat_result) -> registry.Membership:
-    return registry.enter(kind, name, created=created, birth=birth(found) if created else "")

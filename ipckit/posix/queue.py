@@ -18,7 +18,7 @@ from ipckit import limits, registry
 from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.posix.names import birth, check_exclusive, check_mode, check_name, make_or_open, record, told
+from ipckit.posix.names import birth, check_exclusive, check_mode, check_name, make_or_open, told
 from ipckit.vectored import Buffer, pin
 from ipckit.wait import READ, WRITE, deadline, ready
 
@@ -186,7 +186,7 @@ class MessageQueue(PosixQueue):
             if created:
                 os.fchmod(fd, mode)  # whatever the umask
             self._birth = birth(found)
-            self._member = record("posix-queue", self.name, created, found)
+            self._member = registry.enter("posix-queue", self.name, created=created, birth=self._birth)
             check(lib.ik_posix_queue_adopt(self._queue, fd), self._what)
         except BaseException:
             os.close(fd)

@@ -18,7 +18,6 @@ from ipckit.posix.names import (
     check_name,
     look,
     make_or_open,
-    record,
     told,
 )
 from ipckit.wait import deadline
@@ -76,7 +75,7 @@ class Semaphore:
             )
             self._birth = birth(found)
             try:
-                self._member = record("posix-semaphore", name, created, found)
+                self._member = registry.enter("posix-semaphore", name, created=created, birth=self._birth)
             except BaseException:
                 if created:
                     posix_ipc.unlink_semaphore(name)
