@@ -13,13 +13,14 @@
 #include <Python.h>
 #include <errno.h>
 #include <math.h>
+#include <poll.h>
 #include <stdbool.h>
 
 #include "posix.h"
 #include "wait.h"
 
 /* So little that the GIL isn't worth dropping for it, which also guards the buffer. */
-enum { AT_ONCE = 16384 };
+enum { AT_ONCE = 16384, IN_A_ROW = 256 }; /* bytes; messages */
 static ik_posix_message *received;
 
 typedef struct {
@@ -90,6 +91,15 @@ static int64_t deadline_of(const options *given) {
     return given->seconds < 1e9 ? ik_wait_now() + (int64_t)(given->seconds * 1e9) : IK_FOREVER;
 }
 
+/* As leave_to(), with another first argument. */
+static PyObject *leave_with(const char *name, PyObject *self, PyObject *first,
+                            PyObject *const *values, PyObject *names) {
+    PyObject *args[3] = {first};
+    for (Py_ssize_t i = 0; names && i < PyTuple_Size(names) && i < 2; i++)
+        args[i + 1] = values[i];
+    return leave_to(name, self, args, 1, names);
+}
+
 /* args has room for two more. */
 static PyObject *fail_at_once(const char *name, PyObject *self, PyObject **args, Py_ssize_t count,
                               const options *given) {
@@ -105,16 +115,28 @@ static PyObject *fail_at_once(const char *name, PyObject *self, PyObject **args,
     return result;
 }
 
-/* The whole of it without the GIL: bytes are never changed. */
-static int64_t send_waiting(ik_posix_queue *queue, const char *data, size_t len,
-                            const options *given) {
-    int64_t rc, deadline_ns = deadline_of(given);
+/* Wait first: it was found full just now. -EINTR: a handler raised. Bytes are never changed, so
+ * nobody needs the GIL for them. */
+static int send_waiting(ik_posix_queue *queue, PyObject *message, long priority,
+                        int64_t deadline_ns) {
+    size_t len = (size_t)PyBytes_Size(message);
+    const char *data = PyBytes_AsString(message);
+    int rc;
     do {
         Py_BEGIN_ALLOW_THREADS;
-        rc = ik_posix_queue_send(queue, data, len, given->priority, deadline_ns);
+        rc = deadline_ns == IK_NOW ? 0 : ik_posix_queue_wait(queue, POLLOUT, deadline_ns);
+        if (rc == 0)
+            rc = ik_posix_queue_send(queue, data, len, priority, deadline_ns);
         Py_END_ALLOW_THREADS;
     } while (rc == -EINTR && PyErr_CheckSignals() == 0);
     return rc;
+}
+
+static int send_at_once(ik_posix_queue *queue, PyObject *message, long priority) {
+    size_t len = (size_t)PyBytes_Size(message);
+    return len > AT_ONCE
+               ? -ETIMEDOUT
+               : ik_posix_queue_send(queue, PyBytes_AsString(message), len, priority, IK_NOW);
 }
 
 static PyObject *queue_send(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -122,13 +144,9 @@ static PyObject *queue_send(PyObject *self, PyObject *const *args, Py_ssize_t co
     options given;
     if (count != 1 || !PyBytes_CheckExact(args[0]) || !are_plain(args + 1, names, true, &given))
         return leave_to("_send", self, args, count, names);
-    size_t len = (size_t)PyBytes_Size(args[0]);
-    const char *data = PyBytes_AsString(args[0]);
-    int64_t rc = -ETIMEDOUT;
-    if (len <= AT_ONCE)
-        rc = ik_posix_queue_send(queue_of(self), data, len, given.priority, IK_NOW);
+    int rc = send_at_once(queue_of(self), args[0], given.priority);
     if (rc == -ETIMEDOUT && given.seconds > 0) {
-        rc = send_waiting(queue_of(self), data, len, &given);
+        rc = send_waiting(queue_of(self), args[0], given.priority, deadline_of(&given));
         if (rc == -EINTR)
             return NULL;
         if (rc < 0)
@@ -137,19 +155,71 @@ static PyObject *queue_send(PyObject *self, PyObject *const *args, Py_ssize_t co
     return rc < 0 ? leave_to("_send", self, args, count, names) : Py_NewRef(Py_None);
 }
 
+static bool are_bytes(PyObject *messages, size_t largest) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(messages); i++) {
+        PyObject *message = PyTuple_GetItem(messages, i);
+        if (!PyBytes_CheckExact(message) || (size_t)PyBytes_Size(message) > largest)
+            return false;
+    }
+    return true;
+}
+
+/* How many were sent, or what ended it before the first. */
+static Py_ssize_t send_all(ik_posix_queue *queue, PyObject *messages, const options *given) {
+    int64_t deadline_ns = deadline_of(given);
+    Py_ssize_t done;
+    for (done = 0; done < PyTuple_Size(messages); done++) {
+        PyObject *message = PyTuple_GetItem(messages, done);
+        int rc = -ETIMEDOUT;
+        if (done % IN_A_ROW != IN_A_ROW - 1) /* then others may have the GIL for a moment */
+            rc = send_at_once(queue, message, given->priority);
+        if (rc == -ETIMEDOUT)
+            rc = send_waiting(queue, message, given->priority, deadline_ns);
+        if (rc < 0)
+            return done && rc != -EINTR ? done : rc;
+    }
+    return done;
+}
+
+static PyObject *queue_send_many(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                 PyObject *names) {
+    options given;
+    if (count != 1 || !are_plain(args + 1, names, true, &given))
+        return leave_to("_send_many", self, args, count, names);
+    PyObject *result, *messages = PySequence_Tuple(args[0]); /* nobody else changes it */
+    if (!messages)
+        return NULL;
+    PyObject *same[3] = {messages};
+    Py_ssize_t rc = -EMSGSIZE;
+    if (are_bytes(messages, queue_of(self)->max_message))
+        rc = send_all(queue_of(self), messages, &given);
+    if (rc >= 0)
+        result = PyLong_FromSsize_t(rc);
+    else if (rc == -EINTR)
+        result = NULL;
+    else if (rc == -ETIMEDOUT)
+        result = fail_at_once("_send_many", self, same, 1, &given);
+    else
+        result = leave_with("_send_many", self, messages, args + 1, names);
+    Py_DECREF(messages);
+    return result;
+}
+
 static int64_t receive_waiting(ik_posix_queue *queue, ik_posix_message *ret_message,
                                const options *given) {
     int64_t len, deadline_ns = deadline_of(given);
     do {
         Py_BEGIN_ALLOW_THREADS;
-        len = ik_posix_queue_receive(queue, ret_message, deadline_ns);
+        len = ik_posix_queue_wait(queue, POLLIN, deadline_ns);
+        if (len == 0)
+            len = ik_posix_queue_receive(queue, ret_message, deadline_ns);
         Py_END_ALLOW_THREADS;
     } while (len == -EINTR && PyErr_CheckSignals() == 0);
     return len;
 }
 
 /* With the GIL dropped, another thread may receive meanwhile: so into memory of this call. */
-static PyObject *recv_waiting(PyObject *self, const options *given) {
+static PyObject *recv_waiting(PyObject *self, const options *given, const char *name) {
     ik_posix_queue *queue = queue_of(self);
     ik_posix_message *message = PyMem_Malloc(sizeof *message + queue->max_message);
     if (!message)
@@ -158,7 +228,7 @@ static PyObject *recv_waiting(PyObject *self, const options *given) {
     PyObject *data = len >= 0 ? PyBytes_FromStringAndSize(message->data, len) : NULL;
     PyMem_Free(message);
     return len >= 0 || len == -EINTR ? data
-                                     : fail_at_once("_recv", self, (PyObject *[2]){0}, 0, given);
+                                     : fail_at_once(name, self, (PyObject *[2]){0}, 0, given);
 }
 
 static PyObject *queue_recv(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -172,8 +242,46 @@ static PyObject *queue_recv(PyObject *self, PyObject *const *args, Py_ssize_t co
     if (len >= 0)
         return PyBytes_FromStringAndSize(received->data, len);
     if (len == -ETIMEDOUT && given.seconds > 0)
-        return recv_waiting(self, &given);
+        return recv_waiting(self, &given, "_recv");
     return leave_to("_recv", self, args, count, names);
+}
+
+/* Add what is ready to the list; NULL, and the list is gone, if there is no memory. */
+static PyObject *receive_ready(ik_posix_queue *queue, PyObject *list, Py_ssize_t most) {
+    while (list && PyList_Size(list) < most) {
+        int64_t len = ik_posix_queue_receive(queue, received, IK_NOW);
+        if (len < 0)
+            break;
+        PyObject *message = PyBytes_FromStringAndSize(received->data, len);
+        if (!message || PyList_Append(list, message) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(message);
+    }
+    return list;
+}
+
+static PyObject *queue_recv_many(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                 PyObject *names) {
+    ik_posix_queue *queue = queue_of(self);
+    options given;
+    Py_ssize_t most = (Py_ssize_t)queue->max_messages;
+    if (count == 1 && PyLong_CheckExact(args[0])) {
+        most = PyLong_AsSsize_t(args[0]);
+        PyErr_Clear(); /* beyond any size, which is then -1 */
+    }
+    if (count > 1 || most < 1 || queue->max_message > AT_ONCE ||
+        (count == 1 && args[0] != Py_None && !PyLong_CheckExact(args[0])) ||
+        !are_plain(args + count, names, false, &given))
+        return leave_to("_recv_many", self, args, count, names);
+    most = most < IN_A_ROW ? most : IN_A_ROW;
+    PyObject *list = receive_ready(queue, PyList_New(0), most);
+    if (!list || PyList_Size(list))
+        return list;
+    PyObject *first = recv_waiting(self, &given, "_recv");
+    if (!first || PyList_Append(list, first) < 0)
+        Py_CLEAR(list);
+    Py_XDECREF(first);
+    return receive_ready(queue, list, most);
 }
 
 static PyObject *queue_address(PyObject *self, PyObject *none) {
@@ -210,9 +318,31 @@ PyDoc_STRVAR(recv_doc,
              "    Closed, also when another thread closes meanwhile.\n"
              "Fork: usable on both sides. Threads and tasks: any number. See mq_receive(3).\n");
 
+PyDoc_STRVAR(
+    send_many_doc,
+    "send_many($self, messages, *, priority=0, timeout=None)\n--\n\n"
+    "Send each of *messages* at one priority; block while the queue is full.\n\n"
+    "Args: messages: any iterable; a list of bytes is fastest. timeout: seconds for all.\n"
+    "Returns: how many were sent: all, or fewer when an error or the timeout came after the\n"
+    "    first.\n"
+    "Raises: as send(), if none was sent; EMSGSIZE before any is, if one of them is too large.\n");
+
+PyDoc_STRVAR(
+    recv_many_doc,
+    "recv_many($self, max=None, *, timeout=None)\n--\n\n"
+    "Receive the messages that are ready, at least one; block until there is one.\n\n"
+    "Args: max: the most to return; None for as many as the queue can hold. However many there\n"
+    "    are, no more than 256 come at once. timeout: seconds.\n"
+    "Returns: a list of bytes.\n"
+    "Raises: as recv(), if there was no message before the error.\n");
+
 static PyMethodDef queue_methods[] = {
     {"send", (PyCFunction)(void (*)(void))queue_send, METH_FASTCALL | METH_KEYWORDS, send_doc},
     {"recv", (PyCFunction)(void (*)(void))queue_recv, METH_FASTCALL | METH_KEYWORDS, recv_doc},
+    {"send_many", (PyCFunction)(void (*)(void))queue_send_many, METH_FASTCALL | METH_KEYWORDS,
+     send_many_doc},
+    {"recv_many", (PyCFunction)(void (*)(void))queue_recv_many, METH_FASTCALL | METH_KEYWORDS,
+     recv_many_doc},
     {"_address", queue_address, METH_NOARGS, NULL},
     {0},
 };

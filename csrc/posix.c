@@ -173,39 +173,13 @@ int64_t ik_posix_queue_receive(ik_posix_queue *queue, ik_posix_message *ret_mess
     return rc;
 }
 
-int ik_posix_queue_send_many(ik_posix_queue *queue, ik_posix_batch *batch, int64_t priority,
-                             int64_t deadline_ns) {
+int ik_posix_queue_wait(ik_posix_queue *queue, int events, int64_t deadline_ns) {
     int rc = enter(queue);
     if (rc < 0)
         return rc;
-    while (rc == 0 && batch->next < batch->count) {
-        size_t len = batch->lengths[batch->next];
-        rc = send_one(queue, batch->data, len, priority, deadline_ns);
-        if (rc == 0) {
-            batch->data += len;
-            batch->next++;
-        }
-    }
+    rc = await(queue, (short)events, deadline_ns);
     leave(queue);
     return rc;
-}
-
-int ik_posix_queue_receive_many(ik_posix_queue *queue, char *ret_data, size_t size,
-                                uint32_t *ret_ends, int max, int64_t deadline_ns) {
-    int64_t rc = enter(queue);
-    if (rc < 0)
-        return (int)rc;
-    int count = 0;
-    size_t end = 0;
-    while (count < max && size - end >= queue->max_message) {
-        rc = receive_one(queue, ret_data + end, NULL, count ? IK_NOW : deadline_ns);
-        if (rc < 0)
-            break;
-        end += (size_t)rc;
-        ret_ends[count++] = (uint32_t)end;
-    }
-    leave(queue);
-    return count ? count : (int)rc;
 }
 
 int ik_posix_queue_stat(ik_posix_queue *queue, ik_posix_stat *ret_stat) {

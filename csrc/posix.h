@@ -29,13 +29,6 @@ typedef struct ik_posix_message {
     char data[]; /* at least max_message bytes */
 } ik_posix_message;
 
-/* Messages end to end in data. A call goes on at next. */
-typedef struct ik_posix_batch {
-    const char *data;
-    const uint32_t *lengths;
-    size_t count, next;
-} ik_posix_batch;
-
 typedef struct ik_posix_stat {
     int64_t messages, max_messages, max_message;
 } ik_posix_stat;
@@ -50,14 +43,9 @@ int ik_posix_queue_send(ik_posix_queue *queue, const char *data, size_t len, int
 int64_t ik_posix_queue_receive(ik_posix_queue *queue, ik_posix_message *ret_message,
                                int64_t deadline_ns);
 
-/* Send all of the batch. 0, or as ik_posix_queue_send: call again to go on. */
-int ik_posix_queue_send_many(ik_posix_queue *queue, ik_posix_batch *batch, int64_t priority,
-                             int64_t deadline_ns);
-/* Receive up to max messages end to end, waiting for the first only; fewer if less than max_message
- * of the size bytes are left. How many, at least one, and where each ends; or as
- * ik_posix_queue_receive. */
-int ik_posix_queue_receive_many(ik_posix_queue *queue, char *ret_data, size_t size,
-                                uint32_t *ret_ends, int max, int64_t deadline_ns);
+/* Wait until there is a message (POLLIN) or room (POLLOUT), which somebody else may take first.
+ * 0, or -ETIMEDOUT, -EINTR, -EBADF: closed. */
+int ik_posix_queue_wait(ik_posix_queue *queue, int events, int64_t deadline_ns);
 
 int ik_posix_queue_stat(ik_posix_queue *queue, ik_posix_stat *ret_stat);
 

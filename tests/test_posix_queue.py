@@ -148,13 +148,64 @@ def test_a_message_too_large_is_refused_before_anything_is_sent(queue):
     assert queue.stat().messages == 0
 
 
-def test_large_messages(queue):
-    """Larger than what is sent and received without dropping the GIL, where the limits allow it."""
-    size = min(20_000, limits.value("fs.mqueue.msgsize_max"))
-    with MessageQueue("/ipckit-large", create=True, max_messages=2, max_message=size) as large:
-        large.unlink()
-        large.send(bytes(range(256)) * (size // 256))
-        assert large.recv() == bytes(range(256)) * (size // 256)
+@pytest.fixture
+def roomy():
+    """Makes queues beyond what C does in one go without dropping the GIL; the limits are raised for it."""
+    limit = {name: Path(f"/proc/sys/fs/mqueue/{name}") for name in ("msg_max", "msgsize_max")}
+    former = {name: path.read_text() for name, path in limit.items()}
+    made = []
+
+    def make(count, size):
+        made.append(MessageQueue(NAME, create=True, max_messages=count, max_message=size))
+        made[-1].unlink()
+        return made[-1]
+
+    try:
+        for path in limit.values():
+            path.write_text("20000")
+    except OSError:
+        pytest.skip("may not raise the limits here")
+    yield make
+    for queue in made:
+        queue.close()
+    for name, path in limit.items():
+        path.write_text(former[name])
+
+
+def test_large_messages(roomy, forked):
+    large = roomy(10, 20_000)
+    messages = [bytes([number]) * (20_000 - number) for number in range(5)]
+    for timeout in (None, 0, 5):
+        large.send(messages[0], timeout=timeout)
+        assert large.recv(timeout=timeout) == messages[0]
+        assert large.send_many(messages, timeout=timeout) == 5
+        assert large.recv_many(4, timeout=timeout) == messages[:4]
+        assert large.recv_many(timeout=timeout) == messages[4:]
+        with pytest.raises(TimeoutError):
+            large.recv_many(timeout=0)
+
+    def send(ready):
+        ready()
+        large.send(messages[1])
+
+    child = forked(send)
+    assert large.recv(timeout=PATIENCE) == messages[1]
+    assert child.wait() == 0
+    with pytest.raises(ValueError, match="not 0"):
+        large.recv_many(0)
+
+
+def test_many_messages_in_a_row(roomy):
+    large = roomy(600, 100)
+    for timeout in (None, 0, 5):
+        assert large.send_many([b"%d" % number for number in range(600)], timeout=timeout) == 600
+        got = large.recv_many(timeout=timeout)
+        assert len(got) == 256
+        got += large.recv_many(1000) + large.recv_many(88)
+        assert got == [b"%d" % number for number in range(600)]
+    assert large.send_many([b"x"] * 700, timeout=0) == 600
+    assert large.recv_many(2) == [b"x"] * 2
+    assert large.send_many((bytearray(b"x") for _ in range(5)), timeout=0) == 2
 
 
 @pytest.mark.parametrize("priority", [-1, 32768, 1 << 70])

@@ -7,7 +7,7 @@ import resource
 import select
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.posix.names import birth, check_exclusive, check_mode, check_name, make_or_open, told
 from ipckit.vectored import Buffer, pin
-from ipckit.wait import READ, WRITE, deadline, ready
+from ipckit.wait import READ, WRITE, deadline, ready, remaining
 
 __all__ = ["Message", "MessageQueue", "QueueStat"]
 
@@ -31,8 +31,6 @@ _HIGHEST: int = lib.IK_POSIX_MOST_PRIORITY
 _CAP_SYS_RESOURCE = 1 << 24
 # What the kernel counts for a message beside its bytes: a message and a node of the tree of priorities.
 _OVERHEAD = 48 + 48
-_BATCH = 65536  # bytes
-_MOST = 1024
 _uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 
 
@@ -150,7 +148,6 @@ class MessageQueue(PosixQueue):
     _queue: Any = ffi.new("ik_posix_queue *", {"fd": -1, "wake": -1, "state": _CLOSED})
     _member: "registry.Membership | None" = None
     _memories: list[tuple[Any, Any]]  # those not in use
-    _rooms: list[tuple[Any, Any, Any]]
 
     def __init__(
         self,
@@ -174,7 +171,7 @@ class MessageQueue(PosixQueue):
         count = min(10, _limit("msg_max")) if max_messages is None else max_messages
         size = min(8192, _limit("msgsize_max")) if max_message is None else max_message
         self._queue = ffi.cast("ik_posix_queue *", self._address())
-        self._memories, self._rooms = [], []
+        self._memories = []
         with registry.entering():
             self._enter(mode, count, size, create, exclusive)
         _queues.add(self)
@@ -211,7 +208,7 @@ class MessageQueue(PosixQueue):
 
     # --- sending
 
-    # send() is PosixQueue's, in C; what doesn't succeed there at once comes here.
+    # send() and send_many() are PosixQueue's, in C; what doesn't succeed there at once comes here.
     def _send(self, data: Buffer, *, priority: int = 0, timeout: float | None = None) -> None:
         deadline_ns = deadline(timeout)
         with ExitStack() as pinned:
@@ -230,26 +227,23 @@ class MessageQueue(PosixQueue):
             except TimeoutError:
                 await self._ready(WRITE, deadline_ns)
 
-    def send_many(
+    # As _send(), for what isn't all bytes, or was refused.
+    def _send_many(
         self, messages: Iterable[Buffer], *, priority: int = 0, timeout: float | None = None
     ) -> int:
-        """Send each of *messages* at one priority, in one call of C; block while the queue is full.
-
-        Returns: how many were sent: all, or fewer when an error or the timeout came after the first.
-        Raises: as send(), if none was sent; EMSGSIZE before any is, if one of them is too large.
-        """
         deadline_ns = deadline(timeout)
         blocks = [data if type(data) is bytes else bytes(memoryview(data)) for data in messages]
-        lengths = [*map(len, blocks)]
-        largest = max(lengths, default=0)
-        if largest > self._queue.max_message:
+        largest = max(map(len, blocks), default=0)
+        if largest > self.max_message and not self.closed:
             self._sent(-errno.EMSGSIZE, largest, priority)
-        data, sizes = ffi.from_buffer(b"".join(blocks)), ffi.new("uint32_t[]", lengths)
-        batch = ffi.new("ik_posix_batch *", {"data": data, "lengths": sizes, "count": len(blocks)})
-        rc = self._drive(lib.ik_posix_queue_send_many, batch, priority, deadline_ns)
-        if batch.next == 0:
-            self._sent(rc, largest, priority)
-        return batch.next  # type: ignore[no-any-return]
+        for done, block in enumerate(blocks):
+            try:
+                self.send(block, priority=priority, timeout=remaining(deadline_ns))
+            except OSError:
+                if done:
+                    return done
+                raise
+        return len(blocks)
 
     def _drive(self, call: Callable[..., int], *arguments: Any) -> int:
         while True:
@@ -267,7 +261,7 @@ class MessageQueue(PosixQueue):
 
     # --- receiving
 
-    # recv() is PosixQueue's, in C; what doesn't succeed there at once comes here.
+    # recv() and recv_many() are PosixQueue's, in C; what doesn't succeed there at once comes here.
     def _recv(self, *, timeout: float | None = None) -> bytes:
         return self.recv_message(timeout=timeout).data
 
@@ -307,35 +301,16 @@ class MessageQueue(PosixQueue):
             ffi.memmove(target, memory[1], size)
             return size
 
-    def recv_many(self, max: int | None = None, *, timeout: float | None = None) -> list[bytes]:
-        """Receive messages that are ready, at least one, in one call of C; block until there is one.
-
-        Args: max: the most to return; None for as many as the queue can hold. However many there are, no
-            more than 1,024 come at once, and no more than 64 KiB and one message.
-        Raises: as recv(), if there was no message before the error.
-        """
-        if max is not None and max < 1:
+    # As _recv(), for large messages and what was refused.
+    def _recv_many(self, max: int | None = None, *, timeout: float | None = None) -> list[bytes]:
+        most = self._queue.max_messages if max is None else max
+        if most < 1:
             raise ValueError(f"max must be None or at least 1, not {max}")
-        deadline_ns = deadline(timeout)
-        most = min(max or self._queue.max_messages, _MOST)
-        memory = self._room()
-        try:
-            data, view, ends = memory
-            rc = self._drive(lib.ik_posix_queue_receive_many, data, len(view), ends, most, deadline_ns)
-            count = self._check(rc, f"receive from {self._what}", "writeonly")
-            bounds = ffi.unpack(ends, count)
-            return [view[start:end] for start, end in zip([0, *bounds], bounds)]  # noqa: B905 - one longer
-        finally:
-            self._rooms.append(memory)
-
-    def _room(self) -> tuple[Any, Any, Any]:
-        """As _memory(), for many messages, and for where each ends."""
-        try:
-            return self._rooms.pop()
-        except IndexError:
-            size = _BATCH + self.max_message
-            data = _uncleared("char[]", size)
-            return data, ffi.buffer(data, size), _uncleared("uint32_t[]", _MOST)
+        got = [self.recv(timeout=timeout)]
+        with suppress(TimeoutError):
+            while len(got) < most:
+                got.append(self.recv(timeout=0))
+        return got
 
     def _receive(self, buffer: Any, timeout: float | None) -> int:
         rc = self._drive(lib.ik_posix_queue_receive, buffer, deadline(timeout))

@@ -35,23 +35,6 @@ static void what_is_no_queue_is_refused(void) {
     assert(close(fd) == 0);
 }
 
-static void a_batch_goes_on_after_a_timeout(void) {
-    ik_posix_queue queue = new_queue(8);
-    const uint32_t lengths[] = {1, 0, 2, 3, 8};
-    ik_posix_batch batch = {.data = "abbcccdddddddd", .lengths = lengths, .count = 5};
-    assert(ik_posix_queue_send_many(&queue, &batch, 0, ik_wait_now() + 1000000) == -ETIMEDOUT);
-    assert(batch.next == 3);
-    char data[64];
-    uint32_t ends[8];
-    assert(ik_posix_queue_receive_many(&queue, data, 64, ends, 2, IK_NOW) == 2);
-    assert(ends[0] == 1 && ends[1] == 1);
-    assert(ik_posix_queue_send_many(&queue, &batch, 0, IK_FOREVER) == 0 && batch.next == 5);
-    assert(ik_posix_queue_receive_many(&queue, data, 15, ends, 8, IK_NOW) == 3 && ends[2] == 13);
-    assert(memcmp(data, "bbcccdddddddd", 13) == 0);
-    assert(ik_posix_queue_receive_many(&queue, data, 64, ends, 8, IK_NOW) == -ETIMEDOUT);
-    ik_posix_queue_close(&queue);
-}
-
 static void *receive(void *argument) {
     ik_posix_message *message = malloc(sizeof *message + 8);
     int64_t rc = ik_posix_queue_receive(argument, message, IK_FOREVER);
@@ -156,7 +139,6 @@ static void a_semaphore(void) {
 int main(void) {
     snprintf(name, sizeof name, "/ipckit-ctest-%d", getpid());
     what_is_no_queue_is_refused();
-    a_batch_goes_on_after_a_timeout();
     close_ends_the_calls_inside_and_the_last_takes_the_descriptor();
     who_holds_it_has_it_beyond_close();
     a_child_has_nobody_inside();
