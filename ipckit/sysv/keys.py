@@ -33,19 +33,17 @@ def _signed(key: int) -> int:
     return key - (1 << 32) if key >> 31 == 1 else key
 
 
-def key_of(key: Key, create: bool) -> int:
+def key_of(key: Key) -> int:
     """The number of a ``key`` argument: a key, (path, project) for ftok(), or None for PRIVATE.
 
     A number may be given signed, as C has it, or unsigned, as ipcs(1) shows it.
 
-    Raises: ValueError for PRIVATE without *create*, since there is nothing to find, for 0 as a number
-        and for what is no 32-bit number; TypeError for anything else; what ftok() raises.
+    Raises: ValueError for 0 and for what is no 32-bit number; TypeError for anything else; what ftok()
+        raises.
     """
     if isinstance(key, tuple):
         return ftok(*key)
     if key is None:
-        if not create:
-            raise ValueError("key None makes a new private object, so it needs create=True")
         return PRIVATE
     if not isinstance(key, int):
         raise TypeError(f"key must be a number, (path, project) or None, not {key!r}")
