@@ -5,11 +5,14 @@ The rooms, lowest first; each imports only from those before it:
 
     errors      Closed, PeerDied, Corrupt; every other error is the OSError that errno means
     wait        timeouts as one deadline per operation; waiting for a descriptor
+    endpoints   the verbs that all have which messages go into or come out of
     vectored    readv, writev and variants that move everything
     sockets     flags, time limits, urgent data, descriptors and credentials on any socket
     pipes       framed messages and bytes over one pipe and over two; splice, tee
     signals     sigaction with its flags and siginfo, signals by descriptor, sigqueue
     process     fork, children held by a pidfd, the reaper
+    limits      the kernel's limits on named objects, and how to raise them
+    registry    who made and who uses what has a name in the kernel
     messagelog  many writers, one pipe, a logger child, a file
     servers     the echo server (a process per connection) and the split client
     cli         ipckit serve, client, demo

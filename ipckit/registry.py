@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: MIT
+"""Who made and who uses what has a name in the kernel, so that the dead can be told from the living.
+
+A System V queue or a POSIX name outlives the process that made it, and the kernel says neither who
+that was nor who still uses it. So every process that makes or opens such a thing through ipckit
+leaves a record: what, as what (creator or user), and which process that is, by pid, start time and
+pid namespace, which together never mean another one. ``ipckit gc`` judges by these records.
+
+A record is a symbolic link ``/dev/shm/ipckit-<uid>/<kind>.<digest>/<pid>.<start>.<namespace>``, whose
+target holds the text: one system call makes it whole, so no kill leaves half of one, and it needs
+no space that a full /dev/shm would refuse. Folders that become empty go.
+
+Names are recorded for as long as the boot lasts, like the objects themselves.
+"""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import quote, unquote
+
+from ipckit.errors import check
+from ipckit.wait import deadline, remaining
+
+__all__ = [
+    "KINDS",
+    "Membership",
+    "Process",
+    "Record",
+    "cleaning",
+    "drop",
+    "enter",
+    "entering",
+    "folder",
+    "records",
+]
+
+KINDS = (
+    "sysv-queue",
+    "sysv-memory",
+    "sysv-semaphore",
+    "posix-queue",
+    "posix-memory",
+    "posix-semaphore",
+    "memory",
+)
+
+# Beside the objects in /dev/shm, because nothing else is the same for all processes of a user.
+_WHERE = "/dev/shm"
+_LOCK = "lock"
+# These live in an ipc namespace; the others in the file system that the record itself is in.
+_OF_IPC_NAMESPACE = ("sysv-queue", "sysv-memory", "sysv-semaphore", "posix-queue")
+# A cleaner is done within milliseconds; one that was stopped in the middle must not stop everybody.
+_PATIENCE = 10.0
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+class Process(NamedTuple):
+    """One process, for ever: no later one has the same three."""
+
+    pid: int
+    start: int
+    """Clock ticks from boot to its start, as in /proc/PID/stat."""
+    namespace: int
+    """The inode of its pid namespace."""
+
+    def state(self) -> Literal["alive", "dead", "unknown"]:
+        """Whether it lives; unknown when it is of another pid namespace, or /proc is.
+
+        A stopped process lives. One that ended and was not reaped yet is dead: it uses nothing.
+        """
+        if self.namespace != _namespace("pid") or not _proc_is_ours():
+            return "unknown"
+        status = _status(self.pid)
+        if status is None:  # gone, or /proc hides it (mount option hidepid)
+            return "unknown" if _exists(self.pid) else "dead"
+        return "dead" if status.start != self.start or status.ended else "alive"
+
+
+class _Status(NamedTuple):
+    start: int
+    ended: bool
+
+
+def _status(pid: int) -> _Status | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # what precedes is the name, which may hold anything
+    state, threads, start = fields[0], int(fields[17]), int(fields[19])
+    # A main thread that ended before the others is shown as a zombie, and the process lives.
+    return _Status(start, state in "XZ" and threads <= 1)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _namespace(kind: str) -> int:
+    return os.stat(f"/proc/self/ns/{kind}").st_ino
+
+
+def _proc_is_ours() -> bool:
+    """False where /proc was mounted for another pid namespace and shows other numbers."""
+    return os.readlink("/proc/self") == str(os.getpid())
+
+
+def _myself() -> Process:
+    return _myself_as(os.getpid())
+
+
+@functools.lru_cache(1)
+def _myself_as(pid: int) -> Process:
+    status = _status(int(os.readlink("/proc/self")))
+    assert status is not None  # we live
+    return Process(pid, status.start, _namespace("pid"))
+
+
+@functools.lru_cache(1)
+def _command(pid: int) -> str:
+    return Path("/proc/self/comm").read_text().strip()
+
+
+# --- the folder and its lock -----------------------------------------------------------------------
+
+
+def _path() -> str:
+    return f"{_WHERE}/ipckit-{os.geteuid()}"
+
+
+def _make() -> None:
+    with suppress(FileExistsError):
+        os.mkdir(_path(), 0o700)
+        # Others may look, so that their cleaner sees who uses their objects; only we may write.
+        os.chmod(_path(), 0o755)
+
+
+def folder(*, create: bool = False) -> int:
+    """A descriptor of this user's folder, for ``dir_fd=``; the caller closes it.
+
+    Raises: FileNotFoundError (ENOENT) if there is none and it isn't to be made; PermissionError (EPERM)
+        if somebody else made it, or others may write into it; OSError ENOTDIR if it is none.
+    """
+    path = _path()
+    while True:
+        if create:
+            _make()
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if not create or not os.path.isdir(_WHERE):
+                raise
+            continue  # its last record went in between
+        found = os.fstat(fd)
+        if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
+            return fd
+        os.close(fd)
+        check(-errno.EPERM, f"{path} belongs to user {found.st_uid}, mode {stat.filemode(found.st_mode)}")
+
+
+def _open_lock(create: bool) -> int:
+    """The lock file, open; never one that is no longer at its place."""
+    while True:
+        at = folder(create=create)
+        try:
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+            return os.open(_LOCK, flags, 0o600, dir_fd=at)
+        except FileNotFoundError:
+            if not create:
+                raise
+        finally:
+            os.close(at)
+
+
+def _locked(operation: int, until: int, create: bool) -> int:
+    """A descriptor that holds the lock; closing it gives it back.
+
+    Only a cleaner holds it alone, for milliseconds: so trying again and again costs nobody much,
+    and unlike a blocking flock it can end.
+    """
+    while True:
+        fd = _open_lock(create)
+        try:
+            while not _try_lock(fd, operation):
+                if remaining(until) == 0:
+                    check(-errno.ETIMEDOUT, f"lock of {_path()}, which a cleaner holds")
+                time.sleep(0.001)
+            if os.fstat(fd).st_nlink:  # else it went with its folder while we waited
+                held, fd = fd, -1
+                return held
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+
+def _try_lock(fd: int, operation: int) -> bool:
+    try:
+        fcntl.flock(fd, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def entering() -> Iterator[None]:
+    """Make or open an object, and record it, inside this: no cleaner comes in between.
+
+    Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what folder() raises.
+    """
+    held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True)
+    try:
+        yield
+    finally:
+        os.close(held)
+        _tidy()
+
+
+@contextmanager
+def cleaning(*, timeout: float | None = _PATIENCE) -> Iterator[None]:
+    """Judge and remove inside this: nobody of this user makes or opens anything meanwhile.
+
+    Raises: TimeoutError (ETIMEDOUT) if the lock could not be had for *timeout* seconds.
+    """
+    held = _locked(fcntl.LOCK_EX, deadline(timeout), create=True)
+    try:
+        _sweep()
+        yield
+    finally:
+        os.close(held)
+        _tidy()
+
+
+def _tidy() -> None:
+    """Remove the folder if nothing but the lock is left in it, and nobody holds that."""
+    with suppress(FileNotFoundError):
+        if os.stat(_path()).st_nlink > 2 or os.listdir(_path()) != [_LOCK]:  # 2: no folder in it
+            return
+        held = _open_lock(create=False)
+        try:
+            if _try_lock(held, fcntl.LOCK_EX) and os.fstat(held).st_nlink and os.listdir(_path()) == [_LOCK]:
+                os.unlink(f"{_path()}/{_LOCK}")
+                with suppress(OSError):  # somebody made the next lock already
+                    os.rmdir(_path())
+        finally:
+            os.close(held)
+
+
+def _sweep() -> None:
+    """Remove what a process left that was killed in the middle of recording."""
+    for entry in os.scandir(_path()):
+        if not entry.is_dir(follow_symlinks=False):
+            continue
+        for name in os.listdir(entry.path):
+            pid, start, namespace, *unfinished = name.split(".")
+            if unfinished and Process(int(pid), int(start), int(namespace)).state() == "dead":
+                os.unlink(f"{entry.path}/{name}")
+        _close_place(entry.path)
+
+
+# --- records ---------------------------------------------------------------------------------------
+
+
+class Record(NamedTuple):
+    """What one process left about one object."""
+
+    kind: str
+    ident: str
+    """The System V id, or the name."""
+    birth: str
+    """What tells the object from a later one with the same id or name; empty in a user's record."""
+    role: Literal["creator", "user"]
+    left: bool
+    """Its process closed the object in good order, and left it for others."""
+    process: Process
+    uid: int
+    time: float
+    """Seconds since the epoch."""
+    command: str
+    path: str
+    """Of the record itself."""
+
+
+def _place(kind: str, ident: str) -> str:
+    """The folder of an object's records; its name is as long for a short name as for a long one."""
+    space = _namespace("ipc") if kind in _OF_IPC_NAMESPACE else 0
+    digest = hashlib.sha256(f"{space} {ident}".encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{_path()}/{kind}.{digest}"
+
+
+def _parse(path: str, kind: str, uid: int) -> Record | None:
+    """A record; None for what is none, is gone, or is of an object that isn't in our namespace."""
+    try:
+        text = os.readlink(path)
+        pid, start, namespace = map(int, os.path.basename(path).split("."))
+        version, role, left, when, space, birth, ident, command = text.split(" ")
+        if version != "1" or kind not in KINDS or role not in ("creator", "user"):
+            return None
+        if kind in _OF_IPC_NAMESPACE and int(space) != _namespace("ipc"):
+            return None
+        return Record(
+            kind,
+            unquote(ident, errors="surrogateescape"),
+            "" if birth == "-" else birth,
+            "creator" if role == "creator" else "user",
+            left == "1",
+            Process(pid, start, namespace),
+            uid,
+            float(when),
+            unquote(command),
+            path,
+        )
+    except (OSError, ValueError):
+        return None
+
+
+def _folders() -> Iterator[tuple[str, int]]:
+    """The folders of all users, each with its owner; not those that somebody made in another's name."""
+    for entry in os.scandir(_WHERE):
+        uid = entry.name.removeprefix("ipckit-")
+        if uid == entry.name or not uid.isdecimal():
+            continue
+        with suppress(OSError):
+            found = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == int(uid) and not found.st_mode & 0o022:
+                yield entry.path, int(uid)
+
+
+def records() -> list[Record]:
+    """Every record on this machine that can be read, of objects that can be reached from here.
+
+    That is: of this ipc namespace and this /dev/shm; other users' too.
+    """
+    found = []
+    for path, uid in _folders():
+        with suppress(OSError):
+            for entry in os.scandir(path):
+                kind = entry.name.partition(".")[0]
+                if not entry.is_dir(follow_symlinks=False):
+                    continue
+                with suppress(OSError):
+                    found += [_parse(f"{entry.path}/{name}", kind, uid) for name in os.listdir(entry.path)]
+    return [record for record in found if record]
+
+
+def drop(record: Record) -> None:
+    """Remove a record, whose object is gone. Does nothing if it went already."""
+    with suppress(FileNotFoundError):
+        os.unlink(record.path)
+    _close_place(os.path.dirname(record.path))
+
+
+def _close_place(place: str) -> None:
+    with suppress(OSError):  # not empty, or gone
+        os.rmdir(place)
+
+
+def _replace(path: str, text: str) -> None:
+    """The record at *path* says *text* from now on, at no moment anything else or nothing."""
+    try:
+        return os.symlink(text, path)
+    except FileExistsError:
+        new = f"{path}.{threading.get_ident()}"  # never parsed: a record's name has three parts
+    os.symlink(text, new)
+    os.rename(new, path)
+
+
+def _write(place: str, name: str, text: str) -> None:
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(place, 0o700)
+            os.chmod(place, 0o755)
+        try:
+            return _replace(f"{place}/{name}", text)
+        except FileNotFoundError:
+            if not os.path.isdir(os.path.dirname(place)):
+                raise
+
+
+# --- what this process has ---------------------------------------------------------------------------
+
+
+class _Entry:
+    """This process's record of one object, however many handles it has of it."""
+
+    def __init__(self, kind: str, ident: str) -> None:
+        self.kind, self.ident = kind, ident
+        self.birth = ""
+        self.role: Literal["creator", "user"] = "user"
+        self.time = time.time()
+        self.handles = 0
+
+    def text(self, left: bool) -> str:
+        """What _parse() reads; under 128 bytes it takes no page of the file system."""
+        space = _namespace("ipc") if self.kind in _OF_IPC_NAMESPACE else 0
+        ident, command = quote(os.fsencode(self.ident)), quote(_command(os.getpid()), safe="")
+        return f"1 {self.role} {int(left)} {self.time:.3f} {space} {self.birth or '-'} {ident} {command}"
+
+    def write(self, left: bool = False) -> None:
+        text = self.text(left)
+        self.place, self.name = _place(self.kind, self.ident), "{}.{}.{}".format(*_myself())
+        _write(self.place, self.name, text)
+
+    def exists(self) -> bool:
+        return os.path.lexists(f"{self.place}/{self.name}")
+
+    def erase(self) -> None:
+        with suppress(FileNotFoundError, PermissionError):  # the latter after setuid()
+            os.unlink(f"{self.place}/{self.name}")
+        _close_place(self.place)
+
+
+_entries: dict[tuple[str, str], _Entry] = {}
+_guard = threading.RLock()
+
+
+class Membership:
+    """One handle's part in the record of its object. Made by enter()."""
+
+    def __init__(self, entry: _Entry) -> None:
+        self._entry: _Entry | None = entry
+
+    def leave(self) -> None:
+        """The handle was closed in good order. Idempotent.
+
+        The last handle of a user takes the record with it; that of the creator leaves word that the
+        object was left on purpose.
+        """
+        with _guard:
+            entry, self._entry = self._entry, None
+            if entry is None or not _give_up(entry):
+                return
+            if entry.role == "user":
+                entry.erase()
+            elif entry.exists():  # else somebody removed the object, and all about it
+                with suppress(FileNotFoundError, PermissionError):
+                    entry.write(left=True)
+        _tidy()
+
+    def forget(self) -> None:
+        """The object was removed: every process's record of it goes. Idempotent."""
+        with _guard:
+            entry, self._entry = self._entry, None
+            if entry is None:
+                return
+            _entries.pop((entry.kind, entry.ident), None)
+            with suppress(FileNotFoundError):
+                for name in os.listdir(entry.place):
+                    with suppress(FileNotFoundError, PermissionError):
+                        os.unlink(f"{entry.place}/{name}")
+            _close_place(entry.place)
+        _tidy()
+
+    def refresh(self, birth: str) -> None:
+        """The object's change time is another now, by our own doing: *birth* follows it.
+
+        The creator's record is rewritten, whichever process of this user that was.
+        """
+        with _guard:
+            entry = self._entry
+            if entry is None:
+                return
+            if entry.role == "creator":
+                entry.birth = birth
+                return entry.write()
+            for name in os.listdir(entry.place):
+                _rewrite_birth(f"{entry.place}/{name}", birth)
+
+
+def _rewrite_birth(path: str, birth: str) -> None:
+    with suppress(FileNotFoundError):
+        fields = os.readlink(path).split(" ")
+        if fields[1] == "creator":
+            fields[5] = birth or "-"
+            _replace(path, " ".join(fields))
+
+
+def _give_up(entry: _Entry) -> bool:
+    """One handle less; True if it was the last of this process."""
+    entry.handles -= 1
+    if entry.handles or _entries.get((entry.kind, entry.ident)) is not entry:
+        return False
+    del _entries[entry.kind, entry.ident]
+    return True
+
+
+def enter(kind: str, ident: str, *, created: bool, birth: str = "") -> Membership:
+    """Record that this process made (*created*) or opened an object. Call it inside entering().
+
+    Args: kind: one of KINDS. ident: the System V id in decimal, or the name. birth: what tells the
+        object from a later one with the same id or name, without spaces; needed only of its creator.
+    Returns: what the handle keeps, and tells when it is closed or the object removed.
+    Raises: what folder() raises; OSError ENOSPC if the file system has no inode left.
+    Fork: a child has the handles too, so it is recorded as a user before fork() returns in it.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
+    with _guard:
+        entry = _entries.get((kind, ident))
+        if entry is None or created:
+            entry = _Entry(kind, ident)
+            if created:
+                entry.role, entry.birth = "creator", birth
+            entry.write()
+            _entries[kind, ident] = entry
+        elif not entry.exists():  # the object that we had was removed by somebody; this is its successor
+            entry.write()
+        entry.handles += 1
+        return Membership(entry)
+
+
+# --- fork --------------------------------------------------------------------------------------------
+
+# The lock is held, shared, from before the fork until the child is recorded: it belongs to the open
+# file, which both have, so no cleaner can find a child that uses an object and isn't recorded yet.
+_forking: list[int] = []
+
+
+def _before_fork() -> None:
+    _guard.acquire()
+    if _entries:
+        _forking.append(_locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True))
+
+
+def _after_fork_in_parent() -> None:
+    while _forking:
+        os.close(_forking.pop())
+    _guard.release()
+
+
+def _after_fork_in_child() -> None:
+    global _guard  # noqa: PLW0603 - its owner is the thread that forked, which is another one here
+    _guard = threading.RLock()
+    try:
+        for entry in _entries.values():
+            entry.role, entry.birth, entry.time = "user", "", time.time()
+            entry.write()
+    finally:
+        while _forking:
+            os.close(_forking.pop())
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)
