@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The keys by which unrelated processes find one System V object. See ftok(3), sysvipc(7)."""
 
+import errno
 import os
+from collections.abc import Callable
 
 __all__ = ["Key", "ftok"]
 
@@ -55,3 +57,26 @@ def key_of(key: Key) -> int:
 def shown(key: int) -> str:
     """The key as ipcs(1) shows it, for messages."""
     return "private" if key == PRIVATE else f"key {key & 0xFFFFFFFF:#010x}"
+
+
+def check_creation(create: bool, exclusive: bool, mode: int) -> None:
+    """Raises: ValueError for a mode that is more than permissions, and *exclusive* without *create*."""
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"mode must be permissions from 0 to 0o777, not {mode:#o}")
+    if exclusive and not create:
+        raise ValueError("exclusive=True needs create=True")
+
+
+def find_or_create(
+    find: Callable[[], int], make: Callable[[], int] | None, exclusive: bool
+) -> tuple[int, bool]:
+    """The id of an object, or -errno, and whether it was made here and now.
+
+    Args: make: None if the object must exist.
+    """
+    while True:
+        if make and ((rc := make()) != -errno.EEXIST or exclusive):
+            return rc, True
+        rc = find()
+        if rc != -errno.ENOENT or not make:  # else it was removed in between
+            return rc, False
