@@ -407,30 +407,39 @@ def test_fifty_creators_and_one_wins(key, forked, time):
         os.close(fd)
 
 
-def unfinished(key):
-    """As a creator leaves it that was killed before it gave the value."""
-    return lib.ik_sysv_semaphore_create(ftok(*key), 0o600)
+@pytest.fixture
+def unfinished(key, forked):
+    """The id of what a creator made that was killed before it gave the value."""
+
+    def create(ready):
+        lib.ik_sysv_semaphore_create(ftok(*key), 0o600)
+        ready()
+        signal.pause()
+
+    creator = forked(create)
+    creator.wait_ready()
+    creator.kill()
+    creator.wait()
+    return lib.ik_sysv_semaphore_find(ftok(*key))
 
 
-def test_who_comes_after_a_killed_creator_gives_the_value(key, forked):
-    ident = unfinished(key)
+def test_who_comes_after_a_killed_creator_gives_the_value(key, forked, unfinished):
     go, start = os.pipe()
     results, tell = os.pipe()
     children = [forked(race, go, key, 4, tell) for _ in range(10)]
     os.write(start, bytes(10))
     assert [child.wait() for child in children] == [0] * 10
     assert os.read(results, 1000) == (4).to_bytes(2, "little") * 10
-    assert lib.ik_sysv_semaphore_start(ident, 4) == -errno.EAGAIN, "nor can a creator that was only slow"
+    assert lib.ik_sysv_semaphore_start(unfinished, 4) == -errno.EAGAIN, "nor can a creator that was only slow"
     found = Semaphore(key)
-    assert (found.id, found.value) == (ident, 4)
+    assert (found.id, found.value) == (unfinished, 4)
     found.remove()
     found.close()
     for fd in (go, start, results, tell):
         os.close(fd)
 
 
-def test_who_can_not_give_the_value_waits_for_it(key, forked):
-    ident = unfinished(key)
+def test_who_can_not_give_the_value_waits_for_it(key, forked, unfinished):
 
     def opener(ready):
         ready()
@@ -440,21 +449,26 @@ def test_who_can_not_give_the_value_waits_for_it(key, forked):
 
     waiting = forked(opener)
     waiting.wait_ready()
-    assert lib.ik_sysv_semaphore_start(ident, 2) == 0
+    assert lib.ik_sysv_semaphore_start(unfinished, 2) == 0
     assert waiting.wait() == 0
     found = Semaphore(key)
     found.remove()
     found.close()
 
 
-@pytest.mark.parametrize("foreign", [False, True])
-def test_a_value_that_never_comes_is_a_time_out(key, foreign):
-    ident = peer("unfinished", key) if foreign else unfinished(key)
+def never(ident, key, create):
     with pytest.raises(TimeoutError, match=f"System V semaphore {ident} .* never gave a value") as caught:
-        # Of a C program's nobody else can know whether it is dead or slow.
-        Semaphore(key, create=foreign)
+        Semaphore(key, create=create)
     assert caught.value.errno == errno.ETIMEDOUT
     lib.ik_sysv_semaphore_remove(ident)
+
+
+def test_a_value_that_never_comes_is_a_time_out(key, unfinished):
+    never(unfinished, key, False)
+
+
+def test_of_a_c_program_nobody_can_know_whether_it_is_dead_or_slow(key):
+    never(peer("unfinished", key), key, True)
 
 
 # --- undo ----------------------------------------------------------------------------------------

@@ -194,6 +194,7 @@ class SharedMemory:
     _id = -1
     _key = PRIVATE
     _pages: "mmap.mmap | None" = None
+    _member: "registry.Membership | None" = None
 
     def __init__(
         self,
@@ -262,8 +263,9 @@ class SharedMemory:
                 check(-errno.EINVAL, f"{self} has {status.size} bytes, and {size} were asked for")
             self._key, self.size = status.key, status.size
             pages, self._start, self.huge = _attach(ident, self.size, readonly, str(self))
-            birth = str(status.ctime) if created else ""
-            self._member = registry.enter("sysv-memory", str(ident), created=created, birth=birth)
+            if not status.mode & lib.IK_SYSV_MEMORY_DEST:  # else it goes by itself
+                birth = str(status.ctime) if created else ""
+                self._member = registry.enter("sysv-memory", str(ident), created=created, birth=birth)
             self._pages = pages
         except BaseException:
             if created:
@@ -363,7 +365,7 @@ class SharedMemory:
                 setattr(status, name, value)
         self._check(lib.ik_sysv_memory_set(self._id, status), "setting")
         rc, status = _status(self._id)
-        if rc == 0:  # else the new mode keeps us out, too
+        if rc == 0 and self._member:  # else the new mode keeps us out, too
             self._member.refresh(birth=str(status.ctime))
 
     def remove(self) -> None:
@@ -376,7 +378,8 @@ class SharedMemory:
         """
         self._open()
         self._check(lib.ik_sysv_memory_remove(self._id), "removing")
-        self._member.forget()
+        if self._member:
+            self._member.forget()
 
     # --- the handle
 
@@ -403,7 +406,8 @@ class SharedMemory:
             self._pages = viewed()
             if self._pages is not None:
                 raise BufferError(f"{self} still has views or arrays; delete them, or close(defer=True)")
-        self._member.leave()
+        if self._member:
+            self._member.leave()
 
     def __enter__(self) -> "Self":
         return self
