@@ -2,10 +2,10 @@ import copy
 import errno
 import gc
 import itertools
-import multiprocessing
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -612,8 +612,8 @@ def test_in_use_while_a_child_of_a_killed_parent_has_it(forked, tmp_path):
         if os.fork() == 0:
             told.write_text(f"{os.getpid()} {made.id}")
             ready()
-            multiprocessing.Event().wait()
-        multiprocessing.Event().wait()
+            signal.pause()
+        signal.pause()
 
     first = forked(parent)
     first.wait_ready()
@@ -623,9 +623,9 @@ def test_in_use_while_a_child_of_a_killed_parent_has_it(forked, tmp_path):
     with SharedMemory.from_id(ident) as found:
         assert found.stat().creator_pid == first.pid
         assert found.in_use() and in_use(ident)
-        os.kill(child, 19)  # SIGSTOP: still living
+        os.kill(child, signal.SIGSTOP)  # still living
         assert found.in_use()
-        os.kill(child, 9)
+        os.kill(child, signal.SIGKILL)
         eventually(lambda: not found.in_use())
         assert in_use(ident), "by ourselves"
         found.remove()
