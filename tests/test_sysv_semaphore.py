@@ -349,6 +349,25 @@ def test_a_close_by_another_thread_ends_the_wait(semaphore, timeout):
     assert ended and semaphore.waiting == 0
 
 
+def test_a_wait_beside_other_threads_is_as_long_and_as_cheap(semaphore):
+    """Which then looks ten times a second whether the handle was closed."""
+    semaphore.acquire()
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    start, used = time.monotonic(), time.process_time()
+    with pytest.raises(TimeoutError):
+        semaphore.acquire(timeout=0.35)
+    assert 0.35 <= time.monotonic() - start < 5
+    assert time.process_time() - used < 0.04
+    releaser = threading.Timer(0.25, semaphore.release)
+    releaser.start()
+    semaphore.acquire()
+    done.set()
+    other.join()
+    releaser.join()
+
+
 # --- creation ------------------------------------------------------------------------------------
 
 
