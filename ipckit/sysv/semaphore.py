@@ -17,7 +17,7 @@ from ipckit import limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
-from ipckit.wait import FOREVER, NOW, deadline, remaining
+from ipckit.wait import FOREVER, deadline, remaining
 
 __all__ = ["Semaphore", "SemaphoreStat"]
 
@@ -169,12 +169,15 @@ class Semaphore:
         Signals: their Python handlers run, then the wait goes on. Threads: any number, in the order in
             which they came, but a process of more than one thread queues anew ten times a second.
         """
-        deadline_ns = deadline(timeout)
-        while (rc := self._add(-1, self._wait_ns(deadline_ns))) in (-errno.EINTR, -errno.EAGAIN):
-            if rc == -errno.EAGAIN and remaining(deadline_ns) == 0:
+        deadline_ns = FOREVER if timeout is None else deadline(timeout)
+        rc = self._add(-1, 0)  # most often there is one
+        while rc in (-errno.EINTR, -errno.EAGAIN):
+            if remaining(deadline_ns) == 0:
                 rc = -errno.ETIMEDOUT
-                break
-        self._check(rc, "acquiring")
+            else:
+                rc = self._add(-1, self._wait_ns(deadline_ns))
+        if rc < 0:
+            self._check(rc, "acquiring")
         return True
 
     def release(self) -> None:
@@ -185,18 +188,18 @@ class Semaphore:
 
         Raises: OSError ERANGE beyond 32,767; EIDRM when it was removed; PermissionError (EACCES); Closed.
         """
-        self._check(self._add(1, 0), "releasing")
+        if (rc := self._add(1, 0)) < 0:
+            self._check(rc, "releasing")
 
     def _add(self, delta: int, wait_ns: int) -> int:
-        self._open()
+        if self._closed:
+            self._open()  # which raises
         rc: int = lib.ik_sysv_semaphore_add(self._id, delta, self._undo, wait_ns)
         return rc
 
     @staticmethod
     def _wait_ns(deadline_ns: int) -> int:
         """How long to wait in one piece."""
-        if deadline_ns == NOW:
-            return 0
         left = remaining(deadline_ns)
         # A wait of 0 would be a try that doesn't queue.
         wait_ns = FOREVER if left is None else max(1, int(left * 1e9))
