@@ -146,10 +146,12 @@ class Semaphore:
             check(-errno.ENOENT if rc == -errno.EINVAL else rc, self)
             if status.otime or status.pid:  # the latter after a SETVAL, which leaves no time
                 return status
-            if value is not None and status.count == _OURS:
-                rc = lib.ik_sysv_semaphore_start(self._id, value)
-                if rc != -errno.EAGAIN:
-                    check(-errno.ENOENT if rc == -errno.EINVAL else rc, self)
+            if (
+                value is not None
+                and status.count == _OURS
+                and (rc := lib.ik_sysv_semaphore_start(self._id, value)) != -errno.EAGAIN
+            ):
+                check(-errno.ENOENT if rc == -errno.EINVAL else rc, self)
             elif remaining(until) == 0:
                 check(-errno.ETIMEDOUT, f"{self}, which its maker, maybe dead, never gave a value")
             else:
