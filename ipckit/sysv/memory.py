@@ -10,23 +10,21 @@ may write when, is the users' business.
 """
 
 import errno
-import math
 import mmap
 import re
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipckit import limits, registry
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check
+from ipckit.errors import check
+from ipckit.memory import Views
 from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
 
 __all__ = ["SegmentStat", "SharedMemory", "in_use"]
 
 if TYPE_CHECKING:
-    import numpy as np
     from typing_extensions import Self
 
 _LARGEST = (1 << 8 * ffi.sizeof("size_t")) - 1
@@ -181,19 +179,14 @@ def _why(rc: int, size: int) -> str:
 # --- a segment -------------------------------------------------------------------------------------
 
 
-class SharedMemory:
+class SharedMemory(Views):
     """A segment, attached."""
 
-    size: int
-    """bytes asked for when the segment was made, not rounded"""
-    readonly: bool
-    """views can't be written to"""
     huge: bool
     """the segment is of huge pages"""
 
     _id = -1
     _key = PRIVATE
-    _pages: "mmap.mmap | None" = None
     _member: "registry.Membership | None" = None
 
     def __init__(
@@ -255,14 +248,16 @@ class SharedMemory:
 
     def _take(self, ident: int, key: int, size: int, readonly: bool, created: bool) -> None:
         """Attach, and record; what was just made goes again if that fails."""
-        self._id, self._key, self.readonly = ident, key, readonly
+        self._id, self.readonly = ident, readonly
+        self._know(key)
         try:
             rc, status = _status(ident)
-            check(-errno.ENOENT if rc == -errno.EINVAL else rc, self)
+            check(-errno.ENOENT if rc == -errno.EINVAL else rc, self._what)
+            self._know(status.key)
             if status.size < size:
-                check(-errno.EINVAL, f"{self} has {status.size} bytes, and {size} were asked for")
-            self._key, self.size = status.key, status.size
-            pages, self._start, self.huge = _attach(ident, self.size, readonly, str(self))
+                check(-errno.EINVAL, f"{self._what} has {status.size} bytes, and {size} were asked for")
+            self.size = status.size
+            pages, self._start, self.huge = _attach(ident, self.size, readonly, self._what)
             if not status.mode & lib.IK_SYSV_MEMORY_DEST:  # else it goes by itself
                 birth = str(status.ctime) if created else ""
                 self._member = registry.enter("sysv-memory", str(ident), created=created, birth=birth)
@@ -272,41 +267,9 @@ class SharedMemory:
                 lib.ik_sysv_memory_remove(ident)
             raise
 
-    # --- the bytes
-
-    @property
-    def buf(self) -> memoryview:
-        """A new view of all the bytes. Raises: Closed."""
-        return memoryview(self._open())[self._start : self._start + self.size]
-
-    def asarray(
-        self, dtype: "np.typing.DTypeLike", shape: "int | tuple[int, ...] | None" = None, offset: int = 0
-    ) -> "np.ndarray[Any, Any]":
-        """A numpy array over the segment, from byte *offset* on; nothing is copied.
-
-        Args: shape: None for one dimension up to the end. offset: bytes, a multiple of the dtype's alignment.
-        Raises: ValueError if that does not fit, is not aligned, or *dtype* is no plain value;
-            ImportError without numpy; Closed.
-        """
-        try:
-            import numpy as np
-        except ImportError:
-            raise ImportError("asarray() needs numpy: pip install 'ipckit-unix[numpy]'") from None
-        kind = np.dtype(dtype)
-        wanted = f"{kind} {'to the end' if shape is None else shape} at {offset} of {self}"
-        if kind.hasobject or kind.itemsize == 0:
-            raise ValueError(f"{wanted}: only plain values of a fixed size can be shared")
-        if offset < 0 or offset % kind.alignment:
-            raise ValueError(f"{wanted}: the offset must be a multiple of {kind.alignment}")
-        dimensions = (shape,) if isinstance(shape, int) else shape
-        if dimensions is not None and min(dimensions, default=0) < 0:
-            raise ValueError(f"{wanted}: a shape has no number below 0")
-        view = self.buf
-        try:
-            flat = np.frombuffer(view, kind, -1 if dimensions is None else math.prod(dimensions), offset)
-            return flat if dimensions is None else flat.reshape(dimensions)
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"{wanted}: {error}") from None
+    def _know(self, key: int) -> None:
+        self._key = key
+        self._what = f"System V segment {self._id} ({shown(key)})"
 
     # --- the segment
 
@@ -383,41 +346,10 @@ class SharedMemory:
 
     # --- the handle
 
-    @property
-    def closed(self) -> bool:
-        return self._pages is None
-
     def close(self, *, defer: bool = False) -> None:
-        """Detach; a second call does nothing. The segment stays.
-
-        Args: defer: if views live (of ``buf``, slices, arrays), detach with the last of them, and
-            close only the handle now.
-        Raises: BufferError if views live and *defer* is false; nothing is closed then, but another thread
-            that used the handle at that moment may have got Closed.
-        """
-        # Whoever views the pages holds the object, also numpy.ndarray(buffer=buf), of which a view's
-        # count of exports knows nothing. So the object must go by itself, and never be closed.
-        pages, self._pages = self._pages, None
-        if pages is None:
-            return
-        viewed = weakref.ref(pages)
-        del pages
-        if not defer:
-            self._pages = viewed()
-            if self._pages is not None:
-                raise BufferError(f"{self} still has views or arrays; delete them, or close(defer=True)")
-        if self._member:
+        """Detach; a second call does nothing. The segment stays. As ``memory.Views.close()``."""
+        if self._let_go(defer) and self._member:
             self._member.leave()
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        # The block's own variables may be views; an error here would be one of every second program.
-        self.close(defer=True)
-
-    def __str__(self) -> str:
-        return f"System V segment {self._id} ({shown(self._key)})"
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.size} bytes{', readonly' if self.readonly else ''}"
@@ -427,12 +359,6 @@ class SharedMemory:
         self._open()
         return type(self).from_id, (self._id, self.readonly)
 
-    def _open(self) -> mmap.mmap:
-        pages = self._pages
-        if pages is None:
-            raise Closed(f"{self} is closed")
-        return pages
-
     def _check(self, rc: int, verb: str) -> None:
         # The id was good, so what the kernel doesn't know any more has been removed.
-        check(-errno.EIDRM if rc == -errno.EINVAL else rc, f"{verb} {self}")
+        check(-errno.EIDRM if rc == -errno.EINVAL else rc, f"{verb} {self._what}")
