@@ -19,13 +19,13 @@ import os
 import re
 import stat
 import sys
-from contextlib import suppress
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from ipckit import registry
 from ipckit.errors import Closed, check
 
-__all__ = ["Mapping", "SharedMemory", "allocate", "check_file"]
+__all__ = ["Mapping", "SharedMemory", "Views", "allocate", "check_file"]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,15 +54,11 @@ class _naming:
             check(-error.errno, self.what)
 
 
-class Mapping:
-    """A descriptor of memory, its size, and one mapping of it that lives as long as any view of it.
+class Views:
+    """Mapped memory that lives as long as any view of it: what all rooms' SharedMemory is.
 
-    Base of this room's SharedMemory and of the posix room's. A Mapping owns *fd* once it is made; if that
-    fails, the caller still does.
-
-    Args: fd: of a memory object of at least *size* bytes. what: names it in errors. readonly: map it
-        without the right to write.
-    Raises: OSError ENOMEM: no address space; EACCES: *fd* may not be written through; ENFILE, EMFILE.
+    The pages are an mmap object that is never closed: it goes by itself with the last that refers to it,
+    also with a numpy array which the object's own count of exports knows nothing of.
     """
 
     size: int
@@ -70,26 +66,14 @@ class Mapping:
     readonly: bool
     """views can't be written to"""
 
-    _fd: int = -1
-    _map: "mmap.mmap | None" = None
-
-    def __init__(self, fd: int, size: int, what: str, *, readonly: bool = False) -> None:
-        self.size = size
-        self.readonly = readonly
-        self._what = what
-        protection = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
-        with _naming(f"mapping {what}"):
-            self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, protection, **_UNTRACKED)
-        self._fd = fd
+    _what: str
+    _pages: "mmap.mmap | None" = None
+    _start = 0  # of the memory, in the pages
 
     @property
     def buf(self) -> memoryview:
         """A new view of all the bytes. Raises: Closed."""
-        mapped = self._map
-        with suppress(ValueError):  # another thread closed it in between
-            if mapped is not None:
-                return memoryview(mapped)
-        raise Closed(f"{self._what} is closed")
+        return memoryview(self._open())[self._start : self._start + self.size]
 
     def asarray(
         self, dtype: "np.typing.DTypeLike", shape: "int | tuple[int, ...] | None" = None, offset: int = 0
@@ -107,19 +91,84 @@ class Mapping:
             import numpy as np
         except ImportError:
             raise ImportError("asarray() needs numpy: pip install 'ipckit-unix[numpy]'") from None
-        kind = np.dtype(dtype)
+        view, kind = self.buf, np.dtype(dtype)
         wanted = f"{kind} {'to the end' if shape is None else shape} at {offset} of {self._what}"
         if kind.hasobject or kind.itemsize == 0:
             raise ValueError(f"{wanted}: only plain values of a fixed size can be shared")
         if offset < 0 or offset % kind.alignment:
             raise ValueError(f"{wanted}: the offset must be a multiple of {kind.alignment}")
-        view, dimensions = self.buf, (shape,) if isinstance(shape, int) else shape
+        dimensions = (shape,) if isinstance(shape, int) else shape
         try:
             count = -1 if dimensions is None else max(-1, math.prod(dimensions))
-            flat = np.frombuffer(view, kind, count, offset)  # not ndarray(buffer=), which holds no mapping
+            flat = np.frombuffer(view, kind, count, offset)  # not ndarray(buffer=), which holds no view
             return flat if dimensions is None else flat.reshape(dimensions)
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{wanted}: {error}") from None
+
+    @property
+    def closed(self) -> bool:
+        return self._pages is None
+
+    def _open(self) -> "mmap.mmap":
+        pages = self._pages
+        if pages is None:
+            raise Closed(f"{self._what} is closed")
+        return pages
+
+    def _let_go(self, defer: bool) -> bool:
+        """Unmap, or with *defer* leave that to the last view. False if it was done before."""
+        pages, self._pages = self._pages, None
+        if pages is None:
+            return False
+        viewed = weakref.ref(pages)
+        del pages
+        if not defer:
+            self._pages = viewed()
+            if self._pages is not None:
+                raise BufferError(
+                    f"{self._what} still has views or arrays; delete them, or close(defer=True)"
+                )
+        return True
+
+    def close(self, *, defer: bool = False) -> None:
+        """End this handle's use of the memory; a second call does nothing.
+
+        Args: defer: if views live (of ``buf``, slices, arrays), the mapping goes with the last of them, and
+            only the handle now.
+        Raises: BufferError if views live and *defer* is false; nothing is closed then, but another thread
+            that used the handle at that moment may have got Closed.
+        """
+        self._let_go(defer)
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        # The block's own variables may be views; an error here would be one of every second program.
+        self.close(defer=True)
+
+
+class Mapping(Views):
+    """A descriptor of memory, its size, and one mapping of it.
+
+    Base of this room's SharedMemory and of the posix room's. A Mapping owns *fd* once it is made; if that
+    fails, the caller still does.
+
+    Args: fd: of a memory object of at least *size* bytes. what: names it in errors. readonly: map it
+        without the right to write.
+    Raises: OSError ENOMEM: no address space; EACCES: *fd* may not be written through; ENFILE, EMFILE.
+    """
+
+    _fd: int = -1
+
+    def __init__(self, fd: int, size: int, what: str, *, readonly: bool = False) -> None:
+        self.size = size
+        self.readonly = readonly
+        self._what = what
+        protection = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
+        with _naming(f"mapping {what}"):
+            self._pages = mmap.mmap(fd, size, mmap.MAP_SHARED, protection, **_UNTRACKED)
+        self._fd = fd
 
     def fileno(self) -> int:
         """The descriptor, to be sent or inherited; close-on-exec. Raises: Closed."""
@@ -138,36 +187,12 @@ class Mapping:
         """
         return os.open(f"/proc/self/fd/{self.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
 
-    @property
-    def closed(self) -> bool:
-        return self._map is None
-
     def close(self, *, defer: bool = False) -> None:
-        """End this handle's use of the memory; a second call does nothing.
-
-        Args: defer: if views live (of ``buf``, slices, arrays), the mapping goes with the last of them, and
-            only the handle and its descriptor now.
-        Raises: BufferError if views live and *defer* is false; nothing is closed then.
-        """
-        mapped = self._map
-        if mapped is not None and not defer:
-            try:
-                mapped.close()
-            except BufferError:
-                raise BufferError(
-                    f"{self._what} still has views or arrays; delete them, or close(defer=True)"
-                ) from None
-        self._map = None
+        """As Views.close(); the descriptor is closed now in any case."""
+        self._let_go(defer)
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> "Self":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        # The block's own variables may be views; an error here would be one of every second program.
-        self.close(defer=True)
 
     def __del__(self) -> None:
         Mapping.close(self, defer=True)
@@ -287,7 +312,7 @@ class SharedMemory(Mapping):
     def _enter(self, name: str, size: "int | None", create: bool, exclusive: bool, readonly: bool) -> None:
         """Open or make what has the *name*, and record it."""
         what = f"memory segment {name!r}"
-        at = registry.folder(create=True)
+        at = registry.folder()
         try:
             fd, created = _open_or_create(at, name, size, create, exclusive, readonly, what)
             found = os.fstat(fd)

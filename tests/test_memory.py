@@ -373,6 +373,17 @@ def test_arrays_share_the_memory(shared):
     assert shared.asarray("u1", (0, 5)).size == 0
 
 
+def test_an_array_made_without_us_pins_the_memory_too():
+    np = pytest.importorskip("numpy")
+    shared = SharedMemory(1000)
+    array = np.ndarray(10, "u1", shared.buf)  # numpy keeps the object, and not the view of it
+    with pytest.raises(BufferError, match="anonymous memory of 1000 bytes"):
+        shared.close()
+    shared.close(defer=True)
+    array[9] = 7
+    assert array[9] == 7
+
+
 @pytest.mark.parametrize(
     "dtype, shape, offset, complaint",
     [
