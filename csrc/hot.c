@@ -5,8 +5,8 @@
  *
  * A class here is the base of the Python class of the same room. Its methods do what succeeds, at
  * once or after a wait; anything else (errors, other buffers than bytes) they leave to the Python
- * method of the same name with an underscore in front, which gets the same arguments; after a wait
- * it gets a timeout of 0, and fails as the wait did.
+ * method of the same name with an underscore in front, which gets the same arguments; when the time
+ * is over, with a timeout of 0.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -149,7 +149,7 @@ static PyObject *queue_send(PyObject *self, PyObject *const *args, Py_ssize_t co
         rc = send_waiting(queue_of(self), args[0], given.priority, deadline_of(&given));
         if (rc == -EINTR)
             return NULL;
-        if (rc < 0)
+        if (rc == -ETIMEDOUT)
             return fail_at_once("_send", self, (PyObject *[3]){args[0]}, 1, &given);
     }
     return rc < 0 ? leave_to("_send", self, args, count, names) : Py_NewRef(Py_None);
@@ -219,7 +219,8 @@ static int64_t receive_waiting(ik_posix_queue *queue, ik_posix_message *ret_mess
 }
 
 /* With the GIL dropped, another thread may receive meanwhile: so into memory of this call. */
-static PyObject *recv_waiting(PyObject *self, const options *given, const char *name) {
+static PyObject *recv_waiting(PyObject *self, PyObject *const *values, PyObject *names,
+                              const options *given) {
     ik_posix_queue *queue = queue_of(self);
     ik_posix_message *message = PyMem_Malloc(sizeof *message + queue->max_message);
     if (!message)
@@ -227,8 +228,10 @@ static PyObject *recv_waiting(PyObject *self, const options *given, const char *
     int64_t len = receive_waiting(queue, message, given);
     PyObject *data = len >= 0 ? PyBytes_FromStringAndSize(message->data, len) : NULL;
     PyMem_Free(message);
-    return len >= 0 || len == -EINTR ? data
-                                     : fail_at_once(name, self, (PyObject *[2]){0}, 0, given);
+    if (len >= 0 || len == -EINTR)
+        return data;
+    return len == -ETIMEDOUT ? fail_at_once("_recv", self, (PyObject *[2]){0}, 0, given)
+                             : leave_to("_recv", self, values, 0, names);
 }
 
 static PyObject *queue_recv(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -242,7 +245,7 @@ static PyObject *queue_recv(PyObject *self, PyObject *const *args, Py_ssize_t co
     if (len >= 0)
         return PyBytes_FromStringAndSize(received->data, len);
     if (len == -ETIMEDOUT && given.seconds > 0)
-        return recv_waiting(self, &given, "_recv");
+        return recv_waiting(self, args, names, &given);
     return leave_to("_recv", self, args, count, names);
 }
 
@@ -277,7 +280,7 @@ static PyObject *queue_recv_many(PyObject *self, PyObject *const *args, Py_ssize
     PyObject *list = receive_ready(queue, PyList_New(0), most);
     if (!list || PyList_Size(list))
         return list;
-    PyObject *first = recv_waiting(self, &given, "_recv");
+    PyObject *first = recv_waiting(self, args + count, names, &given);
     if (!first || PyList_Append(list, first) < 0)
         Py_CLEAR(list);
     Py_XDECREF(first);

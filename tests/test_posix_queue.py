@@ -1,5 +1,6 @@
 import array
 import asyncio
+import contextlib
 import errno
 import os
 import pickle
@@ -497,6 +498,27 @@ def test_no_descriptor_left_is_told_as_such(queue, forked):
             MessageQueue(NAME, create=True)
         assert caught.value.errno == errno.EMFILE
         assert "RLIMIT_MSGQUEUE" not in str(caught.value)
+
+    assert forked(exhaust).wait() == 0
+
+
+def test_no_descriptor_left_to_wait_with(queue, forked):
+    def exhaust(ready):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        with contextlib.suppress(OSError):
+            while True:
+                os.dup(0)
+        fill(queue)
+        queue.recv_many()
+        for verb in (
+            queue.recv,
+            queue.recv_many,
+            queue.recv_message,
+            lambda: (fill(queue), queue.send(b"x")),
+        ):
+            with pytest.raises(OSError, match="POSIX queue '/ipckit-test'") as caught:
+                verb()
+            assert caught.value.errno == errno.EMFILE
 
     assert forked(exhaust).wait() == 0
 

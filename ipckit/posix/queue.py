@@ -252,7 +252,7 @@ class MessageQueue(PosixQueue):
                 return rc
 
     def _sent(self, rc: int, size: int, priority: int) -> None:
-        if rc == -errno.EINVAL:
+        if rc == -errno.EINVAL and not 0 <= priority <= _HIGHEST:
             raise ValueError(f"priority must be from 0 to {_HIGHEST}, not {priority}")
         what = self._what
         if rc == -errno.EMSGSIZE:
