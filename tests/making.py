@@ -83,9 +83,13 @@ class Made:
             self.member = registry.enter(kind, self.ident, created=True, birth=birth or own)
         self.kind, self.id = kind, f"{kind}:{self.ident}"
         self.here.append(self)
+        self.closed = False
 
     def close(self):
-        """In good order, and so that the kernel knows of no user."""
+        """In good order, and so that the kernel knows of no user. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
         if self.kind == "sysv-memory":
             self.handle.detach()
         elif self.kind == "posix-memory":
@@ -103,7 +107,9 @@ def clean(before):
         if obj.id not in before and obj.verdict != "foreign":
             inventory.remove(obj)
     while Made.here:  # or a later child would be recorded as a user of it
-        Made.here.pop().member.forget()
+        made = Made.here.pop()
+        made.member.forget()
+        made.close()
     inventory.collect()
 
 

@@ -128,7 +128,6 @@ def test_messages_that_wait_are_the_size_of_a_queue():
     assert find(system_v.id).size == 5
     assert abs(find(system_v.id).active - time.time()) < PATIENCE
     assert find(posix.id).size == 7
-    posix.handle.close()
 
 
 def test_by_kind_then_by_id():
@@ -139,15 +138,12 @@ def test_by_kind_then_by_id():
     numbers = [int(obj.ident) for obj in ordered[:12]]
     assert numbers == sorted(numbers)
     assert [obj.ident for obj in ordered[12:]] == ["/a", "/b"]
-    for one in made[:2]:
-        one.close()
 
 
 def test_our_own_records_are_no_objects():
-    made = Made("posix-semaphore")
+    Made("posix-semaphore")
     assert [obj.ident for obj in inventory.objects() if "ipckit" in obj.ident] == []
     assert not [obj for obj in inventory.objects() if obj.kind == "memory"]
-    made.handle.close()
 
 
 def test_looking_changes_nothing():
@@ -355,9 +351,9 @@ def test_a_segment_removed_while_attached_says_so():
     obj = find(made.id)
     assert (obj.verdict, obj.key, obj.mode) == ("live", 0, 0o600)
     assert obj.why == f"removed, but still used by pid {os.getpid()}"
-    made.handle.detach()
-    assert find(made.id) is None
     made.member.forget()
+    made.close()
+    assert find(made.id) is None
 
 
 # --- other users, other namespaces -----------------------------------------------------------------------
@@ -582,7 +578,6 @@ def test_removing_takes_the_object_and_its_records(kind):
     else:
         assert obj is None
     assert registry.records() == []
-    made.close()
 
 
 @kinds
@@ -605,7 +600,6 @@ def test_what_is_another_one_by_now_stays(kind):
         inventory.remove(dataclasses.replace(obj, birth="1"))
     assert caught.value.errno == errno.ESTALE
     assert find(made.id)
-    made.close()
 
 
 def test_a_new_file_at_the_name_is_another_one():
@@ -616,7 +610,6 @@ def test_a_new_file_at_the_name_is_another_one():
     with pytest.raises(OSError, match="another object by now"):
         inventory.remove(obj)
     assert find(made.id).size == 10
-    made.close()
 
 
 def test_who_attaches_after_the_verdict_keeps_it(maker):
