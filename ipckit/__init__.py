@@ -5,6 +5,7 @@ The rooms, lowest first; each imports only from those before it:
 
     errors      Closed, PeerDied, Corrupt; every other error is the OSError that errno means
     wait        timeouts as one deadline per operation; waiting for a descriptor
+    endpoints   the verbs that all have which messages go into or come out of
     vectored    readv, writev and variants that move everything
     sockets     flags, time limits, urgent data, descriptors and credentials on any socket
     pipes       framed messages and bytes over one pipe and over two; splice, tee

@@ -297,9 +297,13 @@ class Record(NamedTuple):
     """Of the record itself."""
 
 
-def _place(kind: str, ident: str) -> str:
+def _space(kind: str) -> int:
+    """In which of several worlds an object of this kind has its name."""
+    return _namespace("ipc") if kind in _OF_IPC_NAMESPACE else 0
+
+
+def _place(kind: str, ident: str, space: int) -> str:
     """The folder of an object's records; its name is as long for a short name as for a long one."""
-    space = _namespace("ipc") if kind in _OF_IPC_NAMESPACE else 0
     digest = hashlib.sha256(f"{space} {ident}".encode(errors="surrogateescape")).hexdigest()[:16]
     return f"{_path()}/{kind}.{digest}"
 
@@ -312,7 +316,7 @@ def _parse(path: str, kind: str, uid: int) -> Record | None:
         version, role, left, when, space, birth, ident, command = text.split(" ")
         if version != "1" or kind not in KINDS or role not in ("creator", "user"):
             return None
-        if kind in _OF_IPC_NAMESPACE and int(space) != _namespace("ipc"):
+        if int(space) != _space(kind):
             return None
         return Record(
             kind,
@@ -406,16 +410,15 @@ class _Entry:
         self.time = time.time()
         self.handles = 0
 
-    def text(self, left: bool) -> str:
+    def text(self, space: int, left: bool) -> str:
         """What _parse() reads; under 128 bytes it takes no page of the file system."""
-        space = _namespace("ipc") if self.kind in _OF_IPC_NAMESPACE else 0
         ident, command = quote(os.fsencode(self.ident)), quote(_command(os.getpid()), safe="")
         return f"1 {self.role} {int(left)} {self.time:.3f} {space} {self.birth or '-'} {ident} {command}"
 
     def write(self, left: bool = False) -> None:
-        text = self.text(left)
-        self.place, self.name = _place(self.kind, self.ident), "{}.{}.{}".format(*_myself())
-        _write(self.place, self.name, text)
+        space = _space(self.kind)
+        self.place, self.name = _place(self.kind, self.ident, space), "{}.{}.{}".format(*_myself())
+        _write(self.place, self.name, self.text(space, left))
 
     def exists(self) -> bool:
         return os.path.lexists(f"{self.place}/{self.name}")

@@ -9,7 +9,7 @@ IN_THE_ROOM = {
     "process": {"NativeMemory"},
     "errors": {"check"},
 }
-BY_MODULE = {"limits", "registry", "sockets", "wait"}
+BY_MODULE = {"endpoints", "limits", "registry", "sockets", "wait"}
 
 
 def rooms():
