@@ -99,12 +99,16 @@ _SYSCTLS = (
     ("kernel.sem.semmns", "semaphores", "more semaphores in all System V sets (ENOSPC)", 2000000000, 0),
     ("kernel.sem.semopm", "operations", "more operations in one semop call (E2BIG)", 1000, 0),
     ("kernel.sem.semmni", "sets", "one more System V semaphore set (ENOSPC)", _MOST, 0),
-    ("fs.mqueue.msg_max", "messages", "a POSIX queue for more messages (EINVAL; not root's)", 1000, 10),
-    ("fs.mqueue.msgsize_max", "bytes", "a POSIX queue for longer messages (EINVAL; not root's)", 65536, 8192),
-    ("fs.mqueue.queues_max", "queues", "one more POSIX queue (ENOSPC; not root's)", 4096, 0),
-    ("fs.pipe-max-size", "bytes", "a pipe made larger (EPERM; not by root)", 16 * _MEBI, _MEBI),
-    ("fs.pipe-user-pages-soft", "pages", "more than 2 pages in a next pipe (not root's; 0: never)", 65536, 0),
-    ("fs.pipe-user-pages-hard", "pages", "this user's next pipe (ENFILE; not root's; 0: never)", 0, 0),
+    ("fs.mqueue.msg_max", "messages",
+     "a POSIX queue for more messages (EINVAL; not with CAP_SYS_RESOURCE)", 1000, 10),
+    ("fs.mqueue.msgsize_max", "bytes",
+     "a POSIX queue for longer messages (EINVAL; not with CAP_SYS_RESOURCE)", 65536, 8192),
+    ("fs.mqueue.queues_max", "queues", "one more POSIX queue (ENOSPC; not with CAP_SYS_RESOURCE)", 4096, 0),
+    ("fs.pipe-max-size", "bytes", "a pipe made larger (EPERM; not with CAP_SYS_RESOURCE)", 16 * _MEBI, _MEBI),
+    ("fs.pipe-user-pages-soft", "pages",
+     "the next pipe's usual size (0: never; not with CAP_SYS_RESOURCE)", 65536, 0),
+    ("fs.pipe-user-pages-hard", "pages",
+     "the next pipe at all (ENFILE; 0: never; not with CAP_SYS_RESOURCE)", 0, 0),
 )  # fmt: skip
 
 _RESOURCES = (
