@@ -46,6 +46,7 @@ _REMOVED_BY = {
 }
 _SHM_DEST = 0o1000
 _LEFT = "left by its maker, who closed it"
+_UNRECORDED = "left by its maker, who was killed before it was recorded"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Object:
     why: str
     """For people."""
     left: bool
-    """Its maker closed it in good order and ended, like every other user: ``collect(dead=True)``."""
+    """Its maker closed it in good order and ended, like every other user: ``collect(dead=True)``. Or it
+    is named memory, so made by ipckit, whose maker was killed before it was recorded."""
     birth: str = field(repr=False)
     """What tells it from a later one with the same id or name."""
 
@@ -371,6 +373,8 @@ def _judge_unused(found: _Found, uses: list[_Use]) -> tuple[Verdict, str]:
     own = [use for use in uses if use.record.uid == found.uid]
     makers = [use for use in own if use.record.role == "creator"]
     maker = next((use for use in makers if use.record.birth == found.birth), None)
+    if not makers and found.kind == "memory":  # in our own folder, so ours all the same
+        return "unknown", _UNRECORDED
     if maker is None:
         return "unknown", "successor of one that ipckit made" if makers else "not made by ipckit"
     if maker.state == "alive":
@@ -402,7 +406,7 @@ def _object(found: _Found, uses: list[_Use]) -> Object:
         active=found.active,
         verdict=verdict,
         why=why,
-        left=why == _LEFT,
+        left=why in (_LEFT, _UNRECORDED),
         birth=found.birth,
     )
 

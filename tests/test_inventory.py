@@ -263,6 +263,27 @@ def test_a_record_of_a_former_object_of_that_name_proves_nothing(maker, left):
     assert find(ident).left
 
 
+def test_a_maker_killed_before_the_record_is_known_by_our_own_folder(forked):
+    """Elsewhere nothing would tell it from a stranger's."""
+
+    def make(ready):
+        with registry.entering():
+            MAKERS["memory"]("thing")
+            MAKERS["posix-memory"]("thing")
+            ready()
+            signal.pause()
+
+    child = forked(make)
+    child.wait_ready()
+    assert find("memory:thing").verdict == "live", "its maker has it open"
+    child.kill()
+    child.wait()
+    assert find("memory:thing").why == "left by its maker, who was killed before it was recorded"
+    assert find("posix-memory:/thing").why == "not made by ipckit"
+    assert inventory.collect() == []
+    assert ids(inventory.collect(dead=True)) == {"memory:thing"}
+
+
 # --- what only the kernel knows --------------------------------------------------------------------------
 
 
