@@ -13,6 +13,7 @@ The rooms, lowest first; each imports only from those before it:
     process     fork, children held by a pidfd, the reaper
     limits      the kernel's limits on named objects, and how to raise them
     registry    who made and who uses what has a name in the kernel
+    memory      shared memory: a sealed memfd, or a named file; views pin it; numpy
     messagelog  many writers, one pipe, a logger child, a file
     servers     the echo server (a process per connection) and the split client
     cli         ipckit serve, client, demo
@@ -22,6 +23,7 @@ from ipckit import sockets as sockets
 from ipckit.errors import Closed as Closed
 from ipckit.errors import Corrupt as Corrupt
 from ipckit.errors import PeerDied as PeerDied
+from ipckit.memory import SharedMemory as SharedMemory
 from ipckit.messagelog import LogStats as LogStats
 from ipckit.messagelog import LogWriter as LogWriter
 from ipckit.messagelog import MessageLog as MessageLog

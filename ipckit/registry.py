@@ -6,7 +6,7 @@ that was nor who still uses it. So every process that makes or opens such a thin
 leaves a record: what, as what (creator or user), and which process that is, by pid, start time and
 pid namespace, which together never mean another one. ``ipckit gc`` judges by these records.
 
-A record is a symbolic link ``/dev/shm/ipckit-<uid>/<kind>.<digest>/<pid>.<start>.<namespace>``, whose
+A record is a symbolic link ``/dev/shm/ipckit-<uid>/<kind>@<digest>/<pid>.<start>.<namespace>``, whose
 target holds the text: one system call makes it whole, so no kill leaves half of one, and it needs
 no space that a full /dev/shm would refuse. Folders that become empty go.
 
@@ -58,6 +58,8 @@ _WHERE = "/dev/shm"
 _LOCK = "lock"
 # These live in an ipc namespace; the others in the file system that the record itself is in.
 _OF_IPC_NAMESPACE = ("sysv-queue", "sysv-memory", "sysv-semaphore", "posix-queue")
+# The threads that hold the lock alone; they may fork without it.
+_cleaners: set[int] = set()
 # A cleaner is done within milliseconds; one that was stopped in the middle must not stop everybody.
 _PATIENCE = 10.0
 
@@ -180,8 +182,11 @@ def _open_lock(create: bool) -> int:
     while True:
         at = folder(create=create)
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-            return os.open(_LOCK, flags, 0o600, dir_fd=at)
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+            fd = os.open(_LOCK, flags, 0o600, dir_fd=at)
+            if create:
+                os.fchmod(fd, 0o600)  # whatever the umask
+            return fd
         except FileNotFoundError:
             if not create:
                 raise
@@ -239,10 +244,12 @@ def cleaning(*, timeout: float | None = _PATIENCE) -> Iterator[None]:
     Raises: TimeoutError (ETIMEDOUT) if the lock could not be had for *timeout* seconds.
     """
     held = _locked(fcntl.LOCK_EX, deadline(timeout), create=True)
+    _cleaners.add(threading.get_ident())
     try:
         _sweep()
         yield
     finally:
+        _cleaners.discard(threading.get_ident())
         os.close(held)
         _tidy()
 
@@ -284,7 +291,8 @@ class Record(NamedTuple):
     ident: str
     """The System V id, or the name."""
     birth: str
-    """What tells the object from a later one with the same id or name; empty in a user's record."""
+    """What tells the object from a later one with the same id or name; empty in what a user of a System V
+    object recorded."""
     role: Literal["creator", "user"]
     left: bool
     """Its process closed the object in good order, and left it for others."""
@@ -302,10 +310,15 @@ def _space(kind: str) -> int:
     return _namespace("ipc") if kind in _OF_IPC_NAMESPACE else 0
 
 
-def _place(kind: str, ident: str, space: int) -> str:
-    """The folder of an object's records; its name is as long for a short name as for a long one."""
-    digest = hashlib.sha256(f"{space} {ident}".encode(errors="surrogateescape")).hexdigest()[:16]
-    return f"{_path()}/{kind}.{digest}"
+def _place(kind: str, ident: str, birth: str, space: int) -> str:
+    """The folder of an object's records; its name is as long for a short name as for a long one.
+
+    A later object of the same name has another, so that its records don't go with those of the first.
+    System V ids aren't used again, and what is the birth of such a thing changes.
+    """
+    which = f"{space} {ident}" if kind.startswith("sysv") else f"{birth} {space} {ident}"
+    digest = hashlib.sha256(which.encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{_path()}/{kind}@{digest}"
 
 
 def _parse(path: str, kind: str, uid: int) -> Record | None:
@@ -355,7 +368,7 @@ def records() -> list[Record]:
     for path, uid in _folders():
         with suppress(OSError):
             for entry in os.scandir(path):
-                kind = entry.name.partition(".")[0]
+                kind = entry.name.partition("@")[0]
                 if not entry.is_dir(follow_symlinks=False):
                     continue
                 with suppress(OSError):
@@ -395,6 +408,9 @@ def _write(place: str, name: str, text: str) -> None:
         except FileNotFoundError:
             if not os.path.isdir(os.path.dirname(place)):
                 raise
+        except OSError:
+            _close_place(place)
+            raise
 
 
 # --- what this process has ---------------------------------------------------------------------------
@@ -403,10 +419,9 @@ def _write(place: str, name: str, text: str) -> None:
 class _Entry:
     """This process's record of one object, however many handles it has of it."""
 
-    def __init__(self, kind: str, ident: str) -> None:
-        self.kind, self.ident = kind, ident
-        self.birth = ""
-        self.role: Literal["creator", "user"] = "user"
+    def __init__(self, kind: str, ident: str, birth: str, created: bool) -> None:
+        self.kind, self.ident, self.birth = kind, ident, birth
+        self.role: Literal["creator", "user"] = "creator" if created else "user"
         self.time = time.time()
         self.handles = 0
 
@@ -417,7 +432,8 @@ class _Entry:
 
     def write(self, left: bool = False) -> None:
         space = _space(self.kind)
-        self.place, self.name = _place(self.kind, self.ident, space), "{}.{}.{}".format(*_myself())
+        self.place = _place(self.kind, self.ident, self.birth, space)
+        self.name = "{}.{}.{}".format(*_myself())
         _write(self.place, self.name, self.text(space, left))
 
     def exists(self) -> bool:
@@ -429,8 +445,8 @@ class _Entry:
         _close_place(self.place)
 
 
-_entries: dict[tuple[str, str], _Entry] = {}
-_guard = threading.RLock()
+_entries: dict[tuple[str, str, str], _Entry] = {}
+_guard = threading.RLock()  # taken after the lock, where both are
 
 
 class Membership:
@@ -456,13 +472,19 @@ class Membership:
                     entry.write(left=True)
         _tidy()
 
+    def __del__(self) -> None:
+        # Dropped without close(): the record stays, but children don't get what is no longer there.
+        with _guard:
+            if self._entry is not None:
+                self._entry.handles -= 1
+
     def forget(self) -> None:
         """The object was removed: every process's record of it goes. Idempotent."""
         with _guard:
             entry, self._entry = self._entry, None
             if entry is None:
                 return
-            _entries.pop((entry.kind, entry.ident), None)
+            _entries.pop(_key(entry.kind, entry.ident, entry.birth), None)
             with suppress(FileNotFoundError):
                 for name in os.listdir(entry.place):
                     with suppress(FileNotFoundError, PermissionError):
@@ -497,17 +519,24 @@ def _rewrite_birth(path: str, birth: str) -> None:
 def _give_up(entry: _Entry) -> bool:
     """One handle less; True if it was the last of this process."""
     entry.handles -= 1
-    if entry.handles or _entries.get((entry.kind, entry.ident)) is not entry:
+    key = _key(entry.kind, entry.ident, entry.birth)
+    if entry.handles > 0 or _entries.get(key) is not entry:
         return False
-    del _entries[entry.kind, entry.ident]
+    del _entries[key]
     return True
+
+
+def _key(kind: str, ident: str, birth: str) -> tuple[str, str, str]:
+    """What is one object: of System V the id alone, since the birth changes."""
+    return kind, ident, "" if kind.startswith("sysv") else birth
 
 
 def enter(kind: str, ident: str, *, created: bool, birth: str = "") -> Membership:
     """Record that this process made (*created*) or opened an object. Call it inside entering().
 
     Args: kind: one of KINDS. ident: the System V id in decimal, or the name. birth: what tells the
-        object from a later one with the same id or name, without spaces; needed only of its creator.
+        object from a later one with the same id or name, without spaces: device and inode; of a System V
+        object its change time, and only from its creator.
     Returns: what the handle keeps, and tells when it is closed or the object removed.
     Raises: what folder() raises; OSError ENOSPC if the file system has no inode left.
     Fork: a child has the handles too, so it is recorded as a user before fork() returns in it.
@@ -515,14 +544,12 @@ def enter(kind: str, ident: str, *, created: bool, birth: str = "") -> Membershi
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     with _guard:
-        entry = _entries.get((kind, ident))
+        entry = _entries.get(_key(kind, ident, birth))
         if entry is None or created:
-            entry = _Entry(kind, ident)
-            if created:
-                entry.role, entry.birth = "creator", birth
+            entry = _Entry(kind, ident, birth, created)
             entry.write()
-            _entries[kind, ident] = entry
-        elif not entry.exists():  # the object that we had was removed by somebody; this is its successor
+            _entries[_key(kind, ident, birth)] = entry
+        elif not entry.exists():  # somebody removed the records by mistake
             entry.write()
         entry.handles += 1
         return Membership(entry)
@@ -536,9 +563,11 @@ _forking: list[int] = []
 
 
 def _before_fork() -> None:
-    _guard.acquire()
-    if _entries:
-        _forking.append(_locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True))
+    try:
+        if any(entry.handles > 0 for entry in _entries.values()) and threading.get_ident() not in _cleaners:
+            _forking.append(_locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True))
+    finally:
+        _guard.acquire()
 
 
 def _after_fork_in_parent() -> None:
@@ -551,8 +580,10 @@ def _after_fork_in_child() -> None:
     global _guard  # noqa: PLW0603 - its owner is the thread that forked, which is another one here
     _guard = threading.RLock()
     try:
-        for entry in _entries.values():
-            entry.role, entry.birth, entry.time = "user", "", time.time()
+        for entry in [entry for entry in _entries.values() if entry.handles > 0]:
+            entry.role, entry.time = "user", time.time()
+            if entry.kind.startswith("sysv"):
+                entry.birth = ""
             entry.write()
     finally:
         while _forking:

@@ -5,6 +5,7 @@ import ipckit
 
 # Too general a name at the top, or of use to those only who know the room: found in the room.
 IN_THE_ROOM = {
+    "memory": {"Mapping", "allocate", "check_file"},
     "pipes": {"Duplex", "DuplexStats", "Reader", "Stats", "Writer"},
     "process": {"NativeMemory"},
     "errors": {"check"},
