@@ -349,6 +349,15 @@ def _uses() -> dict[_Key, list[_Use]]:
     return uses
 
 
+def _uses_of(item: "_Found | Object", uses: dict[_Key, list[_Use]]) -> list[_Use]:
+    """Those of this very object; a System V object's birth changes, and who only uses it doesn't know it."""
+    return [
+        use
+        for use in uses.get(_key(item.kind, item.ident, item.uid), [])
+        if item.kind in _TABLES or use.record.birth in ("", item.birth)
+    ]
+
+
 def _people(pids: Iterable[int]) -> str:
     first, *rest = sorted(pids)
     return f"pid {first}" + (f" and {len(rest)} more" if rest else "")
@@ -416,8 +425,7 @@ def _survey() -> tuple[list[Object], dict[_Key, list[_Use]]]:
     found += [*_posix_queues(_recorded_queues()), *_shared_files(), *_own_files()]
     _add_holders(found)
     uses = _uses()  # last: who opens one of them while we look has recorded that by now
-    all_of_it = [_object(item, uses.get(_key(item.kind, item.ident, item.uid), [])) for item in found]
-    return sorted(all_of_it, key=_order), uses
+    return sorted((_object(item, _uses_of(item, uses)) for item in found), key=_order), uses
 
 
 def _order(obj: Object) -> tuple[int, int, str]:
@@ -485,7 +493,7 @@ def _remove(obj: Object, uses: dict[_Key, list[_Use]]) -> None:
         check(lib.ik_inventory_queue_unlink(os.fsencode(obj.ident)), obj.id)
     else:
         os.unlink(_path(obj))
-    for use in uses.get(_key(obj.kind, obj.ident, obj.uid), []):
+    for use in _uses_of(obj, uses):
         _drop(use.record)
 
 
@@ -537,12 +545,14 @@ def _exists(name: str) -> bool:
 
 def _forget_gone(found: list[Object], uses: dict[_Key, list[_Use]]) -> None:
     """Drop what the dead recorded about objects that are gone."""
-    for key in uses.keys() - {_key(obj.kind, obj.ident, obj.uid) for obj in found}:
-        kind, ident, _ = key
-        if kind == "posix-queue" and _exists(ident):
+    there = {_key(obj.kind, obj.ident, obj.uid): obj for obj in found}
+    for key, all_of_name in uses.items():
+        obj = there.get(key)
+        if obj is None and key[0] == "posix-queue" and _exists(key[1]):
             continue  # it isn't ours to read
-        for use in uses[key]:
-            if use.state == "dead":
+        about_it = [] if obj is None else _uses_of(obj, uses)
+        for use in all_of_name:
+            if use.state == "dead" and use not in about_it:
                 _drop(use.record)
 
 

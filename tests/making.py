@@ -115,8 +115,10 @@ def clean(before):
 
 def use(kind, ident):
     """This process uses what another made: the record only."""
+    births = {(obj.kind, obj.ident): obj.birth for obj in inventory.objects()}
     with registry.entering():
-        return registry.enter(kind, ident, created=False)
+        birth = "" if kind.startswith("sysv") else births[kind, ident]
+        return registry.enter(kind, ident, created=False, birth=birth)
 
 
 def become(uid):
