@@ -457,9 +457,11 @@ def _cleaning(timeout: float | None) -> Iterator[None]:
 
 
 def _lock_holders() -> str:
-    inode = os.stat(f"{_MEMORY}/ipckit-{os.geteuid()}/lock").st_ino
-    lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
-    pids = {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5].endswith(f":{inode}")}
+    pids: set[int] = set()
+    with suppress(FileNotFoundError):  # it went meanwhile
+        inode = os.stat(f"{_MEMORY}/ipckit-{os.geteuid()}/lock").st_ino
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        pids = {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5].endswith(f":{inode}")}
     return _people(pids) if pids else "a process that can't be seen"
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import posix_ipc
 import pytest
@@ -141,15 +142,25 @@ def test_narrow_fits_and_cuts_no_name():
 
 
 def test_a_name_can_not_upset_the_terminal():
-    name = "/\x1b[31mred\n[bold]"
+    name = "/\x1b[31mred\n[bold]:smile:"
     segment = posix_ipc.SharedMemory("/plain", posix_ipc.O_CREX, size=10)
     segment.close_fd()
     os.rename("/dev/shm/plain", f"/dev/shm{name}")
     out = run("ls", "--kind", "posix-memory")[1]
     assert "\x1b" not in out
-    assert "posix-memory:/\\x1b[31mred\\n[bold]" in out
-    assert run("rm", "posix-memory:/\\x1b[31mred\\n[bold]")[0] == 0
+    assert "posix-memory:/\\x1b[31mred\\n[bold]:smile:" in out
+    assert run("rm", "posix-memory:/\\x1b[31mred\\n[bold]:smile:")[0] == 0
     assert not os.path.exists(f"/dev/shm{name}")
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_the_name_of_a_program_is_shown_as_it_is(forked, columns):
+    def make(ready):
+        Path("/proc/self/comm").write_text("[red]:x:[/red]")
+        Made("posix-queue")
+
+    assert forked(make).wait() == 0
+    assert "([red]:x:[/red]) never closed it" in run("ls", columns=columns)[1]
 
 
 @root_only
@@ -292,6 +303,23 @@ def test_doctor_in_a_wide_one_is_a_table():
     (line,) = (line for line in lines if line.startswith("kernel.msgmni "))
     assert line.endswith("sysctl -w kernel.msgmni=32768") or "sysctl -w kernel.msgmni=32768 " in line
     assert max(map(len, lines)) <= 200
+
+
+@root_only
+@pytest.mark.parametrize("columns", [80, 200])
+def test_doctor_gives_the_command_for_logind_as_it_is(forked, columns):
+    def look(ready):
+        unshare(NEW_NS)
+        mount(b"fake", b"/run", b"tmpfs")
+        os.makedirs("/run/systemd/system")
+        out = run("doctor", columns=columns)[1]
+        assert "printf '[Login]" in out
+        assert (
+            columns == 200
+            or "printf '[Login]\\nRemoveIPC=no\\n' > /etc/systemd/logind.conf.d/ipc.conf" in out
+        )
+
+    assert forked(look).wait() == 0
 
 
 @root_only

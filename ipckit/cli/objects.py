@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _WIDE = 130  # columns from which on everything about an object fits beside it
+_VERY_WIDE = 195  # and about a limit, whose command isn't broken then
 _COLOURS = {"live": "green", "orphan": "red", "foreign": "dim", "unknown": "yellow"}
 
 _json = click.option(
@@ -83,7 +84,7 @@ def _console() -> "Console":
 
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=False)
+    console = Console(markup=False, emoji=False, highlight=False)  # names are shown as they are
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 200  # a pipe has no width: a line an object is best for grep
     return console
@@ -166,7 +167,9 @@ def _show_objects(found: Iterable[Object]) -> None:
 @click.option("--mine", is_flag=True, help="Only what belongs to this user.")
 @_json
 def ls(kinds: tuple[str, ...], mine: bool, as_json: bool) -> None:
-    """List what this machine holds of named objects: System V, POSIX and ipckit's.
+    """List named objects, who uses them, and which are orphans.
+
+    System V queues, segments and semaphores, POSIX ones, and ipckit's named memory.
 
     \b
     verdict   means
@@ -222,10 +225,11 @@ def _remove(found: list[Object], asked: str, force: bool) -> None:
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
 @click.option("--force", is_flag=True, help="Also what living processes use.")
 def rm(ids: tuple[str, ...], force: bool) -> None:
-    """Remove named objects: sysv-queue:5, posix-queue:/jobs, memory:frames, as `ipckit ls` prints them.
+    """Remove named objects, by their ids.
 
-    The number or name alone will do where only one object has it. What a living process uses is
-    refused, and what is another user's always.
+    An id is what `ipckit ls` prints: sysv-queue:5, posix-queue:/jobs, memory:frames. The number or name
+    alone will do where only one object has it. What a living process uses is refused, and what is another
+    user's always.
     """
     with one_line("/proc"):
         found = inventory.objects()
@@ -247,7 +251,7 @@ def rm(ids: tuple[str, ...], force: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @_json
 def gc(dead: bool, dry_run: bool, as_json: bool) -> None:
-    """Remove this user's orphans: made by ipckit, and proven to have no living user.
+    """Remove orphans: made by ipckit, and without a living user.
 
     Never another user's, never what a living process uses (a stopped one lives), never what ipckit
     didn't make, never what was used in another pid namespace.
@@ -292,7 +296,7 @@ def _counts(limit: Limit) -> bool:
 
 def _show_limits(found: list[Limit]) -> None:
     console = _console()
-    (_show_limits_wide if console.width >= _WIDE else _show_limits_narrow)(console, found)
+    (_show_limits_wide if console.width >= _VERY_WIDE else _show_limits_narrow)(console, found)
     tight = [limit.name for limit in found if limit.tight]
     console.print(f"{len(tight)} of {len(found)} are tight" + (f": {', '.join(tight)}" if tight else ""))
 
@@ -306,8 +310,9 @@ def _show_limits_wide(console: "Console", found: list[Limit]) -> None:
     table.columns[1].justify = table.columns[2].justify = "right"
     for limit in found:
         style = "yellow" if limit.tight else None
-        table.add_row(limit.name, _value(limit), _used(limit), limit.stops, limit.change, style=style)
-    console.print(table, markup=False)
+        command = limit.change if len(limit.change) < 80 else limit.change.replace("&& ", "&&\n")
+        table.add_row(limit.name, _value(limit), _used(limit), limit.stops, command, style=style)
+    console.print(table)
 
 
 def _show_limits_narrow(console: "Console", found: list[Limit]) -> None:
@@ -317,20 +322,19 @@ def _show_limits_narrow(console: "Console", found: list[Limit]) -> None:
         console.print(
             f"{limit.name:24} {_value(limit)}{unit}{used}", style="bold yellow" if limit.tight else "bold"
         )
-        console.print(f"    stops: {limit.stops}", markup=False)
+        console.print(f"    stops: {limit.stops}")
         if limit.change:
-            console.print(
-                f"    {limit.change}", style="dim", markup=False, soft_wrap=True
-            )  # to be copied whole
+            console.print(f"    {limit.change}", style="dim", soft_wrap=True)  # to be copied whole
 
 
 @group.command()
 @_json
 def doctor(as_json: bool) -> None:
-    """Show the limits of this machine, or container, that named objects, pipes and processes meet.
+    """Show the limits of this machine or container.
 
-    Each with its value, what it stops, how much is in use where that is known, and the command that
-    changes it. Marked is what is tight: nearly used up, lower than usual, or known to bite.
+    Those that named objects, pipes and processes meet, each with its value, what it stops, how much is in
+    use where that is known, and the command that changes it. Marked is what is tight: nearly used up,
+    lower than usual, or known to bite.
     """
     with one_line("/proc"):
         found = limits.survey()
