@@ -287,7 +287,7 @@ class SharedMemory(Mapping):
     def _enter(self, name: str, size: "int | None", create: bool, exclusive: bool, readonly: bool) -> None:
         """Open or make what has the *name*, and record it."""
         what = f"memory segment {name!r}"
-        at = registry.folder(create=True)
+        at = registry.folder()
         try:
             fd, created = _open_or_create(at, name, size, create, exclusive, readonly, what)
             found = os.fstat(fd)

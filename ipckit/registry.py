@@ -148,50 +148,56 @@ def _path() -> str:
 
 
 def _make() -> None:
-    with suppress(FileExistsError):
+    with suppress(FileExistsError, FileNotFoundError):  # the latter: its last record went at once
         os.mkdir(_path(), 0o700)
         # Others may look, so that their cleaner sees who uses their objects; only we may write.
         os.chmod(_path(), 0o755)
 
 
-def folder(*, create: bool = False) -> int:
-    """A descriptor of this user's folder, for ``dir_fd=``; the caller closes it.
-
-    Raises: FileNotFoundError (ENOENT) if there is none and it isn't to be made; PermissionError (EPERM)
-        if somebody else made it, or others may write into it; OSError ENOTDIR if it is none.
-    """
+def _check_folder(create: bool) -> None:
+    """Nobody can put another one in the place of a folder that is ours: /dev/shm is sticky."""
     path = _path()
     while True:
-        if create:
-            _make()
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            found = os.lstat(path)
+            break
         except FileNotFoundError:
             if not create or not os.path.isdir(_WHERE):
                 raise
-            continue  # its last record went in between
-        found = os.fstat(fd)
-        if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
-            return fd
-        os.close(fd)
+            _make()
+    if not stat.S_ISDIR(found.st_mode):
+        check(-errno.ENOTDIR, path)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
         check(-errno.EPERM, f"{path} belongs to user {found.st_uid}, mode {stat.filemode(found.st_mode)}")
+
+
+def folder() -> int:
+    """A descriptor of this user's folder, for ``dir_fd=``; the caller closes it. Call it in entering().
+
+    Raises: PermissionError (EPERM) if somebody else made it, or others may write into it; OSError ENOTDIR
+        if it is none; FileNotFoundError (ENOENT) where there is no /dev/shm.
+    """
+    _check_folder(create=True)
+    return os.open(_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _open_lock(create: bool) -> int:
     """The lock file, open; never one that is no longer at its place."""
     while True:
-        at = folder(create=create)
+        _check_folder(create)
         try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-            fd = os.open(_LOCK, flags, 0o600, dir_fd=at)
-            if create:
-                os.fchmod(fd, 0o600)  # whatever the umask
-            return fd
+            return os.open(f"{_path()}/{_LOCK}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             if not create:
                 raise
-        finally:
-            os.close(at)
+            _make_lock()
+
+
+def _make_lock() -> None:
+    path = f"{_path()}/{_LOCK}"
+    with suppress(FileNotFoundError):  # the folder went
+        os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW | os.O_RDONLY | os.O_CLOEXEC, 0o600))
+        os.chmod(path, 0o600)  # whatever the umask
 
 
 def _locked(operation: int, until: int, create: bool) -> int:
@@ -383,9 +389,26 @@ def drop(record: Record) -> None:
     _close_place(os.path.dirname(record.path))
 
 
-def _close_place(place: str) -> None:
-    with suppress(OSError):  # not empty, or gone
+def _close_place(place: str) -> bool:
+    """Remove the folder of an object without records. False if there are some."""
+    try:
         os.rmdir(place)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def _empty(place: str) -> None:
+    """Remove the records of other processes, of which most often there are none."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(place):
+            with suppress(FileNotFoundError, PermissionError):
+                os.unlink(f"{place}/{name}")
+    _close_place(place)
 
 
 def _replace(path: str, text: str) -> None:
@@ -439,10 +462,11 @@ class _Entry:
     def exists(self) -> bool:
         return os.path.lexists(f"{self.place}/{self.name}")
 
-    def erase(self) -> None:
+    def erase(self) -> bool:
+        """Remove the record. True if that was the last of the object."""
         with suppress(FileNotFoundError, PermissionError):  # the latter after setuid()
             os.unlink(f"{self.place}/{self.name}")
-        _close_place(self.place)
+        return _close_place(self.place)
 
 
 _entries: dict[tuple[str, str, str], _Entry] = {}
@@ -485,11 +509,8 @@ class Membership:
             if entry is None:
                 return
             _entries.pop(_key(entry.kind, entry.ident, entry.birth), None)
-            with suppress(FileNotFoundError):
-                for name in os.listdir(entry.place):
-                    with suppress(FileNotFoundError, PermissionError):
-                        os.unlink(f"{entry.place}/{name}")
-            _close_place(entry.place)
+            if not entry.erase():
+                _empty(entry.place)
         _tidy()
 
     def refresh(self, birth: str) -> None:
