@@ -54,7 +54,7 @@ def posix_semaphore(name):
 
 
 def memory(name):
-    folder = registry.folder(create=True)
+    folder = registry.folder()
     fd = os.open(f"memory.{name}", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600, dir_fd=folder)
     os.close(folder)
     os.ftruncate(fd, 5000)
