@@ -124,16 +124,8 @@ def _rows(kind: str, ident: str | None = None) -> Iterator[dict[str, int]]:
                 yield {name: int(word, 8 if name == "perms" else 10) for name, word in row}
 
 
-def _lives(pid: int) -> bool:
-    """Not proven dead; the successor of a dead process counts as that one."""
-    if not registry._exists(pid):
-        return False
-    status = registry._status(pid) if registry._proc_is_ours() else None
-    return status is None or not status.ended
-
-
 def _living(*pids: int) -> set[int]:
-    return {pid for pid in pids if pid and _lives(pid)}
+    return {pid for pid in pids if pid and registry.lives(pid)}
 
 
 def _system_v(kind: str, row: dict[str, int], size: int, *times: int) -> _Found:
@@ -268,7 +260,7 @@ def _shared_files() -> Iterator[_Found]:
 
 
 def _own_files() -> Iterator[_Found]:
-    for path, uid in registry._folders():
+    for path, uid in registry.folders():
         for name, status in _files(path):
             if name.startswith("memory.") and status.st_uid == uid:
                 yield _file("memory", name.removeprefix("memory."), status)
