@@ -14,9 +14,12 @@ The rooms, lowest first; each imports only from those before it:
     limits      the kernel's limits on named objects, and how to raise them
     registry    who made and who uses what has a name in the kernel
     memory      shared memory: a sealed memfd, or a named file; views pin it; numpy
+    sysv        System V message queues, shared memory and semaphores, by key or id
+    posix       POSIX message queues, semaphores and shared memory, by name
+    inventory   what has a name on this machine, who uses it, what is orphaned
     messagelog  many writers, one pipe, a logger child, a file
     servers     the echo server (a process per connection) and the split client
-    cli         ipckit serve, client, demo
+    cli         ipckit serve, client, demo, ls, rm, gc, doctor
 """
 
 from ipckit import sockets as sockets

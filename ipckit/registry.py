@@ -40,6 +40,8 @@ __all__ = [
     "enter",
     "entering",
     "folder",
+    "folders",
+    "lives",
     "records",
 ]
 
@@ -113,6 +115,14 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def lives(pid: int) -> bool:
+    """Whether some process has this number: not proven dead, at least."""
+    if not _exists(pid):
+        return False
+    status = _status(pid) if _proc_is_ours() else None
+    return status is None or not status.ended
 
 
 def _namespace(kind: str) -> int:
@@ -211,7 +221,7 @@ def _locked(operation: int, until: int, create: bool) -> int:
         try:
             while not _try_lock(fd, operation):
                 if remaining(until) == 0:
-                    check(-errno.ETIMEDOUT, f"lock of {_path()}, which a cleaner holds")
+                    check(-errno.ETIMEDOUT, f"lock of {_path()}, which another process holds")
                 time.sleep(0.001)
             if os.fstat(fd).st_nlink:  # else it went with its folder while we waited
                 held, fd = fd, -1
@@ -353,7 +363,7 @@ def _parse(path: str, kind: str, uid: int) -> Record | None:
         return None
 
 
-def _folders() -> Iterator[tuple[str, int]]:
+def folders() -> Iterator[tuple[str, int]]:
     """The folders of all users, each with its owner; not those that somebody made in another's name."""
     for entry in os.scandir(_WHERE):
         uid = entry.name.removeprefix("ipckit-")
@@ -371,7 +381,7 @@ def records() -> list[Record]:
     That is: of this ipc namespace and this /dev/shm; other users' too.
     """
     found = []
-    for path, uid in _folders():
+    for path, uid in folders():
         with suppress(OSError):
             for entry in os.scandir(path):
                 kind = entry.name.partition("@")[0]

@@ -10,7 +10,7 @@ IN_THE_ROOM = {
     "process": {"NativeMemory"},
     "errors": {"check"},
 }
-BY_MODULE = {"endpoints", "limits", "registry", "sockets", "wait"}
+BY_MODULE = {"endpoints", "inventory", "limits", "registry", "sockets", "wait"}
 
 
 def rooms():
