@@ -31,7 +31,7 @@ $(VENV)/bin/python:
 	  || { echo "ipckit needs CPython 3.10 or later; name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.built: $(VENV)/bin/python pyproject.toml setup.py csrc/build.py $(HEADERS) $(SOURCES)
+$(VENV)/.built: $(VENV)/bin/python pyproject.toml setup.py csrc/build.py csrc/hot.c $(HEADERS) $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cli]'
 	touch $@
 
@@ -39,7 +39,7 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cli,dev]'
 	touch $@
 
-$(VENV)/.built-dev: $(VENV)/.dev setup.py csrc/build.py $(HEADERS) $(SOURCES)
+$(VENV)/.built-dev: $(VENV)/.dev setup.py csrc/build.py csrc/hot.c $(HEADERS) $(SOURCES)
 	IPCKIT_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace
 	touch $@ $(VENV)/.built
 

@@ -22,7 +22,9 @@ The rooms, lowest first; each imports only from those before it:
     cli         ipckit serve, client, demo, ls, rm, gc, doctor
 """
 
+from ipckit import posix as posix
 from ipckit import sockets as sockets
+from ipckit import sysv as sysv
 from ipckit.errors import Closed as Closed
 from ipckit.errors import Corrupt as Corrupt
 from ipckit.errors import PeerDied as PeerDied

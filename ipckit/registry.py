@@ -196,11 +196,15 @@ def _open_lock(create: bool) -> int:
     while True:
         _check_folder(create)
         try:
-            return os.open(f"{_path()}/{_LOCK}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
+            with suppress(FileNotFoundError):
+                return os.open(f"{_path()}/{_LOCK}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             if not create:
-                raise
+                check(-errno.ENOENT, f"{_path()}/{_LOCK}")
             _make_lock()
+        except OSError:
+            with suppress(OSError):  # not empty, or gone
+                os.rmdir(_path())
+            raise
 
 
 def _make_lock() -> None:
@@ -433,7 +437,7 @@ def _replace(path: str, text: str) -> None:
 
 def _write(place: str, name: str, text: str) -> None:
     while True:
-        with suppress(FileExistsError):
+        with suppress(FileExistsError, FileNotFoundError):  # the latter: others closed it at once
             os.mkdir(place, 0o700)
             os.chmod(place, 0o755)
         try:

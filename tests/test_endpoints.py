@@ -12,6 +12,7 @@ import pytest
 from conftest import eventually
 
 import ipckit
+from ipckit import posix
 from ipckit.endpoints import Receiver, Sender
 
 
@@ -25,16 +26,27 @@ def a_duplex():
     return near, far, lambda: None
 
 
-ENDPOINTS = {"pipe": a_pipe, "duplex": a_duplex}
+def a_posix_queue():
+    queue = posix.MessageQueue(f"/endpoints-{os.getpid()}", create=True, exclusive=True)
+    again = posix.MessageQueue(queue.name)
+    return queue, again, lambda: remove(posix.MessageQueue(queue.name))
+
+
+def remove(queue):
+    with queue:
+        queue.unlink()
+
+
+ENDPOINTS = {"pipe": a_pipe, "duplex": a_duplex, "POSIX queue": a_posix_queue}
 
 
 @pytest.fixture(params=ENDPOINTS.values(), ids=ENDPOINTS.keys())
 def ends(request):
-    sender, receiver, remove = request.param()
+    sender, receiver, give_up = request.param()
     yield sender, receiver
     sender.close()
     receiver.close()
-    remove()
+    give_up()
 
 
 def fill(sender, data=bytes(1000)):
@@ -46,6 +58,11 @@ def fill(sender, data=bytes(1000)):
         except TimeoutError:
             return count
         count += 1
+
+
+def room(receiver, size):
+    """A buffer for messages of *size*; a POSIX queue insists on room for any that it may hold."""
+    return bytearray(receiver.max_message if isinstance(receiver, posix.MessageQueue) else size)
 
 
 def readable(receiver, timeout=0):
@@ -71,13 +88,13 @@ def test_what_is_sent_comes_out(ends, data):
 
 def test_in_order_one_by_one_and_many(ends):
     sender, receiver = ends
-    messages = [b"%d" % number * (number % 7) for number in range(50)]
+    messages = [b"%d" % number * (number % 7) for number in range(10)]
     for message in messages[:5]:
         sender.send(message)
-    assert sender.send_many(iter(messages[5:])) == 45
+    assert sender.send_many(iter(messages[5:])) == 5
     got = [receiver.recv(timeout=5) for _ in range(3)] + receiver.recv_many(2, timeout=5)
     assert len(got) == 5
-    while len(got) < 50:
+    while len(got) < 10:
         more = receiver.recv_many(timeout=5)
         assert more
         got += more
@@ -93,9 +110,9 @@ def test_receiving_fewer_than_one_is_refused(ends, max):
 def test_into_a_buffer(ends):
     sender, receiver = ends
     sender.send(b"twelve bytes")
-    buffer = bytearray(20)
+    buffer = room(receiver, 20)
     assert receiver.recv_into(buffer, timeout=5) == 12
-    assert buffer == b"twelve bytes" + bytes(8)
+    assert buffer[:20] == b"twelve bytes" + bytes(8)
     with pytest.raises(TypeError, match="read-only bytes"):
         receiver.recv_into(bytes(20), timeout=0)
 
@@ -124,7 +141,7 @@ def test_nothing_comes(ends, timeout):
     for verb in (
         receiver.recv,
         receiver.recv_many,
-        lambda timeout: receiver.recv_into(bytearray(9), timeout=timeout),
+        lambda timeout: receiver.recv_into(room(receiver, 9), timeout=timeout),
     ):
         start = time.monotonic()
         with pytest.raises(TimeoutError) as caught:
@@ -208,7 +225,7 @@ def test_closed_is_closed(ends):
         lambda: sender.send_many([b"x"]),
         receiver.recv,
         lambda: receiver.recv(timeout=0),
-        lambda: receiver.recv_into(bytearray(9)),
+        lambda: receiver.recv_into(bytearray(9000)),
         receiver.recv_many,
         receiver.fileno,
         sender.fileno,

@@ -3,6 +3,7 @@ import ctypes
 import errno
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_a_record_that_can_not_be_written_leaves_nothing(forked):
         assert caught.value.errno == errno.ENOSPC
         assert os.listdir("/dev/shm") == []
         libc.umount2(b"/dev/shm", 2)
+
+    assert forked(child).wait() == 0
+
+
+def test_without_a_descriptor_nothing_is_left(forked):
+    def child(ready):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 100))
+        with pytest.raises(OSError, match="lock") as caught:
+            enter()
+        assert caught.value.errno == errno.EMFILE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        assert os.listdir("/dev/shm") == []
 
     assert forked(child).wait() == 0
 
