@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+"""The keys by which unrelated processes find one System V object. See ftok(3), sysvipc(7)."""
+
+import os
+
+__all__ = ["Key", "ftok"]
+
+PRIVATE = 0  # IPC_PRIVATE: no key at all, a new object each time
+
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Key = int | tuple[Path, int] | None
+
+
+def ftok(path: Path, project: int) -> int:
+    """The key that ftok(3) makes of an existing file and a project number, as C programs get it.
+
+    Keys collide: only 16 bits of the file's inode number, 8 of its device and 8 of *project* go into
+    the key, so two files may well give the same one, and a file made anew gives another one. A key
+    says where to look, not that what is found there is yours: create with ``exclusive=True``.
+
+    Args: path: a file or directory that stays. project: 1 to 255, often the code of a letter.
+    Returns: the key as key_t has it, signed: below 0 for a project from 128 on.
+    Raises: FileNotFoundError (ENOENT) and what else stat(2) gives, naming *path*; ValueError for a
+        project of which ftok(3) would use only the low 8 bits, or that is 0.
+    """
+    if not 1 <= project <= 255:
+        raise ValueError(f"project must be a number from 1 to 255, not {project}")
+    status = os.stat(path)
+    return _signed(project << 24 | (status.st_dev & 0xFF) << 16 | status.st_ino & 0xFFFF)
+
+
+def _signed(key: int) -> int:
+    return key - (1 << 32) if key >> 31 == 1 else key
+
+
+def key_of(key: Key, create: bool) -> int:
+    """The number of a ``key`` argument: a key, (path, project) for ftok(), or None for PRIVATE.
+
+    A number may be given signed, as C has it, or unsigned, as ipcs(1) shows it.
+
+    Raises: ValueError for PRIVATE without *create*, since there is nothing to find, for 0 as a number
+        and for what is no 32-bit number; TypeError for anything else; what ftok() raises.
+    """
+    if isinstance(key, tuple):
+        return ftok(*key)
+    if key is None:
+        if not create:
+            raise ValueError("key None makes a new private object, so it needs create=True")
+        return PRIVATE
+    if not isinstance(key, int):
+        raise TypeError(f"key must be a number, (path, project) or None, not {key!r}")
+    if key == PRIVATE or not -(1 << 31) <= key < 1 << 32:
+        raise ValueError(f"key must be a 32-bit number but 0, or None for a private object; not {key}")
+    return _signed(key)
+
+
+def shown(key: int) -> str:
+    """The key as ipcs(1) shows it, for messages."""
+    return "private" if key == PRIVATE else f"key {key & 0xFFFFFFFF:#010x}"
