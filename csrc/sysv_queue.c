@@ -44,6 +44,7 @@ struct ik_sysv_queue {
     int watches;
     bool closed;
     int64_t spin[2]; /* how long a receive, a send looks before it sleeps, in nanoseconds */
+    int64_t quiet, quiet_until; /* for how long, and until when, they don't look */
     /* The types of empty messages that a watch took out of the queue, oldest first. */
     long *held;
     size_t held_count, held_room;
@@ -84,8 +85,7 @@ static bool has_handler(int number) {
     return sigaction(number, NULL, &now) < 0 || now.sa_handler != SIG_DFL;
 }
 
-/* One that was free when last used most likely is free now: so look at what was there afterwards.
- */
+/* One that was free when last used most likely is free now: so see afterwards what was there. */
 static bool take_signal(int number) {
     struct sigaction ours = {.sa_handler = interrupt};
     sigaction(number, &ours, &former);
@@ -133,6 +133,58 @@ static sigset_t only_our_signal(void) {
     return set;
 }
 
+/* --- timers: each thread that ever waited with a deadline has one ------------------------------
+ */
+
+typedef struct timer {
+    bool made;
+    int id, number; /* the timer, the signal that it sends */
+    unsigned generation;
+} timer;
+
+static __thread timer own_timer;
+static pthread_key_t timers; /* for what is to be done when a thread ends */
+
+/* By system calls, because up to glibc 2.33 the functions are in a library of their own. A timer is
+ * not inherited by fork. */
+static void drop_timer(void *argument) {
+    timer *t = argument;
+    if (t->made && t->generation == generation)
+        syscall(SYS_timer_delete, t->id);
+    t->made = false;
+}
+
+static int make_timer(timer *t) {
+    drop_timer(t);
+    struct sigevent to_me = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = wake_signal};
+    to_me._sigev_un._tid = (pid_t)syscall(SYS_gettid);
+    if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &to_me, &t->id) < 0)
+        return -errno;
+    t->made = true;
+    t->number = wake_signal;
+    t->generation = generation;
+    return -pthread_setspecific(timers, t);
+}
+
+/* It goes on after the deadline, or an expiry just before the thread enters the kernel were lost.
+ */
+static int start_timer(timer *t, int64_t deadline_ns) {
+    bool fits = t->made && t->number == wake_signal && t->generation == generation;
+    int rc = fits ? 0 : make_timer(t);
+    if (rc < 0)
+        return rc;
+    struct itimerspec when = {
+        .it_interval = {.tv_nsec = MILLISECOND},
+        .it_value = {.tv_sec = deadline_ns / 1000000000, .tv_nsec = deadline_ns % 1000000000}};
+    return syscall(SYS_timer_settime, t->id, TIMER_ABSTIME, &when, NULL) < 0 ? -errno : 0;
+}
+
+/* What it sent is delivered when this returns. */
+static void stop_timer(const timer *t) {
+    struct itimerspec never = {0};
+    syscall(SYS_timer_settime, t->id, 0, &never, NULL);
+}
+
 /* --- fork ------------------------------------------------------------------------------------ */
 
 static void init_moved(void) {
@@ -172,6 +224,7 @@ static void after_fork_in_child(void) {
 
 __attribute__((constructor)) static void set_up(void) {
     init_moved();
+    pthread_key_create(&timers, drop_timer);
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }
 
@@ -289,47 +342,35 @@ static void forget_waiter(const waiter *w) {
     *link = w->next;
 }
 
-/* A signal sent to us must have been delivered before its handler goes, or is blocked again: it is
- * when the next system call returns, since it was sent before we got the lock. */
+/* What close() sent us must have been delivered before the handler goes, or the signal is blocked
+ * again: it is when the next system call returns, since it was sent before we got the lock. */
+static void take_delivery(const ik_sysv_queue *q) {
+    if (q->closed) {
+        pthread_cond_broadcast(&moved);
+        pthread_mutex_unlock(&lock);
+        syscall(SYS_gettid);
+        pthread_mutex_lock(&lock);
+    }
+}
+
 static void end_wait(const waiter *w) {
     pthread_mutex_lock(&lock);
     forget_waiter(w);
-    bool interrupted = w->queue->closed;
-    if (interrupted)
-        pthread_cond_broadcast(&moved);
-    pthread_mutex_unlock(&lock);
-    if (interrupted)
-        syscall(SYS_gettid);
+    take_delivery(w->queue);
     if (sigismember(&w->before, wake_signal))
         pthread_sigmask(SIG_SETMASK, &w->before, NULL);
-    pthread_mutex_lock(&lock);
     release_signal();
     pthread_mutex_unlock(&lock);
 }
 
-/* The timer goes on after the deadline, so that one expiry just before the thread enters the kernel
- * isn't the only one. By system calls, because up to glibc 2.33 these are in a library of their
- * own. */
-static int start_timer(int64_t deadline_ns) {
-    struct sigevent to_me = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = wake_signal};
-    to_me._sigev_un._tid = (pid_t)syscall(SYS_gettid);
-    struct itimerspec when = {
-        .it_interval = {.tv_nsec = MILLISECOND},
-        .it_value = {.tv_sec = deadline_ns / 1000000000, .tv_nsec = deadline_ns % 1000000000}};
-    int timer;
-    if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &to_me, &timer) < 0)
-        return -errno;
-    syscall(SYS_timer_settime, timer, TIMER_ABSTIME, &when, NULL);
-    return timer;
-}
-
 static int64_t wait_with_timer(ik_sysv_queue *q, const call *c, int64_t deadline_ns) {
-    int timer = deadline_ns == IK_FOREVER ? 0 : start_timer(deadline_ns);
-    if (timer < 0)
-        return timer;
-    int64_t rc = make_call(id_of(q), c, 0);
-    if (deadline_ns != IK_FOREVER)
-        syscall(SYS_timer_delete, timer);
+    if (deadline_ns == IK_FOREVER)
+        return make_call(id_of(q), c, 0);
+    int64_t rc = start_timer(&own_timer, deadline_ns);
+    if (rc < 0)
+        return rc;
+    rc = make_call(id_of(q), c, 0);
+    stop_timer(&own_timer);
     return rc;
 }
 
@@ -345,48 +386,51 @@ static int64_t wait_asleep(ik_sysv_queue *q, const call *c, int64_t deadline_ns)
     return rc;
 }
 
-enum { SPIN = 50000, WORTHWHILE = 100000, LEAST = 1000 }; /* nanoseconds */
-enum { CROWDED = 200 };                                   /* waits */
+/* Nanoseconds: how long to look, what is long for a moment, and how long at most not to look. */
+enum { SPIN = 50000, LONG = 100000, LEAST = 1000, QUIET = 256 * MILLISECOND };
 
-/* Look for a message, or room, for a while, giving the processor away each time. Where somebody
- * else took it for long, a sleeper would have been back sooner: so for some waits there is no
- * looking. */
-static int64_t look(ik_sysv_queue *q, const call *c, int64_t until, int64_t *patience) {
-    int64_t rc = -EAGAIN, before, now = ik_wait_now();
+/* Somebody else took the processor for long, and a sleeper would have been back sooner: don't look
+ * for a while, and longer each time. */
+static void keep_quiet(ik_sysv_queue *q, int64_t now) {
+    int64_t quiet = 2 * __atomic_load_n(&q->quiet, __ATOMIC_RELAXED) + MILLISECOND;
+    quiet = quiet < QUIET ? quiet : QUIET;
+    __atomic_store_n(&q->quiet, quiet, __ATOMIC_RELAXED);
+    __atomic_store_n(&q->quiet_until, now + quiet, __ATOMIC_RELAXED);
+}
+
+/* Look for a message, or room, until then, giving the processor away each time. */
+static int64_t look(ik_sysv_queue *q, const call *c, int64_t until) {
+    int64_t rc = -EAGAIN, now = ik_wait_now(), before = now;
     while (rc == -EAGAIN && now < until) {
         before = now;
         sched_yield();
         rc = try_call(q, c);
         now = ik_wait_now();
-        if (now - before > WORTHWHILE) {
-            *patience = -CROWDED;
-            return rc;
-        }
     }
-    if (rc != -EAGAIN)
-        *patience = SPIN;
+    if (now - before > LONG)
+        keep_quiet(q, now);
+    else if (rc != -EAGAIN)
+        __atomic_store_n(&q->quiet, __atomic_load_n(&q->quiet, __ATOMIC_RELAXED) / 2,
+                         __ATOMIC_RELAXED);
     return rc;
 }
 
 /* An answer often comes sooner than a sleeper can be woken, so look first; but only as long as that
  * has lately paid. */
 static int64_t wait_for(ik_sysv_queue *q, const call *c, int64_t deadline_ns) {
-    int64_t *spin = &q->spin[c->sends], start = ik_wait_now(), rc = -EAGAIN;
-    int64_t patience = __atomic_load_n(spin, __ATOMIC_RELAXED);
-    if (patience > 0) {
-        int64_t until = start + patience;
-        patience = patience > LEAST ? patience / 2 : 0;
-        bool timed = deadline_ns != IK_FOREVER && deadline_ns < until;
-        rc = look(q, c, timed ? deadline_ns : until, &patience);
-    }
+    int64_t start = ik_wait_now();
+    if (start < __atomic_load_n(&q->quiet_until, __ATOMIC_RELAXED))
+        return wait_asleep(q, c, deadline_ns);
+    int64_t *spin = &q->spin[c->sends], patience = __atomic_load_n(spin, __ATOMIC_RELAXED);
+    int64_t until = start + patience;
+    int64_t rc = look(q, c, deadline_ns != IK_FOREVER && deadline_ns < until ? deadline_ns : until);
+    int64_t next = SPIN;
     if (rc == -EAGAIN) {
         rc = wait_asleep(q, c, deadline_ns);
-        if (patience == 0 && ik_wait_now() - start < WORTHWHILE)
-            patience = SPIN;
-        else if (patience < 0)
-            patience++;
+        bool soon = ik_wait_now() - start < LONG;
+        next = patience > LEAST ? patience / 2 : soon ? SPIN : 0;
     }
-    __atomic_store_n(spin, patience, __ATOMIC_RELAXED);
+    __atomic_store_n(spin, next, __ATOMIC_RELAXED);
     return rc;
 }
 
@@ -697,15 +741,24 @@ int ik_sysv_queue_send(ik_sysv_queue *queue, const char *data, size_t size, int6
     return (int)told(queue, rc);
 }
 
-int ik_sysv_queue_send_many(ik_sysv_queue *queue, ik_sysv_batch *b, int64_t type,
-                            int64_t deadline_ns) {
-    for (; b->next < b->count; b->next++) {
-        int rc = ik_sysv_queue_send(queue, b->memory + b->at, b->marks[b->next], type, deadline_ns);
+static uint32_t length_of(const char *lengths, uint32_t i) {
+    uint32_t length;
+    memcpy(&length, lengths + i * sizeof length, sizeof length);
+    return length;
+}
+
+int ik_sysv_queue_send_many(ik_sysv_queue *queue, const char *data, const char *lengths,
+                            uint32_t first, uint32_t count, int64_t type, int64_t deadline_ns) {
+    for (uint32_t i = 0; i < first; i++)
+        data += length_of(lengths, i);
+    for (uint32_t i = first; i < count; i++) {
+        uint32_t length = length_of(lengths, i);
+        int rc = ik_sysv_queue_send(queue, data, length, type, deadline_ns);
         if (rc < 0)
-            return rc;
-        b->at += b->marks[b->next];
+            return i > first ? (int)(i - first) : rc;
+        data += length;
     }
-    return 0;
+    return (int)(count - first);
 }
 
 /* --- receiving ------------------------------------------------------------------------------- */
@@ -740,23 +793,25 @@ int64_t ik_sysv_queue_recv_within(ik_sysv_message *message, double seconds) {
     return told(q, received(q, rc));
 }
 
-int ik_sysv_queue_recv_many(ik_sysv_queue *queue, ik_sysv_batch *b, int64_t type, int all_but,
+int ik_sysv_queue_recv_many(ik_sysv_batch *b, uint32_t count, int64_t type, int all_but,
                             int64_t deadline_ns) {
     call c = {.all_but = all_but, .size = b->room, .type = type};
+    uint32_t got = 0, *mark = b->marks;
     size_t at = 0;
     int64_t rc = 0;
-    while (b->next < b->count && !(b->full = at + sizeof(long) + b->room > b->size)) {
+    while (got < count && at + sizeof(long) + b->room <= b->size) {
         c.buffer = b->memory + at;
-        rc = b->next == 0 ? do_call(queue, &c, deadline_ns) : try_call(queue, &c);
+        rc = got == 0 ? do_call(b->queue, &c, deadline_ns) : try_call(b->queue, &c);
         if (rc < 0)
             break;
-        b->marks[2 * b->next] = (uint32_t)(at + sizeof(long));
-        b->marks[2 * b->next + 1] = (uint32_t)(at + sizeof(long) + (size_t)rc);
-        b->next++;
+        *mark++ = (uint32_t)(at + sizeof(long));
+        *mark++ = (uint32_t)(at + sizeof(long) + (size_t)rc);
+        got++;
         at += (2 * sizeof(long) - 1 + (size_t)rc) & ~(sizeof(long) - 1);
     }
-    received(queue, 0);
-    return b->next ? 0 : (int)told(queue, rc);
+    *mark = got < count && rc >= 0;
+    received(b->queue, 0);
+    return got ? (int)got : (int)told(b->queue, rc);
 }
 
 int64_t ik_sysv_queue_peek(ik_sysv_message *message, int64_t index) {

@@ -27,16 +27,14 @@ typedef struct ik_sysv_message {
     char text[];
 } ik_sysv_message;
 
-/* Messages received, or to be sent, by one call. */
+/* What a receive of many fills. */
 typedef struct ik_sysv_batch {
-    char *memory;    /* received: the texts; sent: the texts, nothing between them */
-    size_t size;     /* bytes of memory */
-    size_t room;     /* received: the most that a message may have */
-    uint32_t *marks; /* received: begin and end of each text; sent: the length of each */
-    size_t count;    /* received: the most to receive; sent: how many there are */
-    size_t next;     /* how many were received, or sent */
-    size_t at;       /* sent: where in memory the next one begins */
-    int full;        /* received: there may be more, but no room for it */
+    ik_sysv_queue *queue;
+    char *memory; /* the texts */
+    size_t size;  /* bytes of memory */
+    size_t room;  /* the most that a message may have */
+    /* Begin and end of each text; after the last 1 if there may be more, but no room, else 0. */
+    uint32_t *marks;
 } ik_sysv_batch;
 
 /* msqid_ds in numbers. */
@@ -72,11 +70,13 @@ int64_t ik_sysv_queue_recv(ik_sysv_message *message, int64_t type, int all_but,
 int64_t ik_sysv_queue_recv_any(ik_sysv_message *message);
 int64_t ik_sysv_queue_recv_within(ik_sysv_message *message, double seconds);
 
-/* Send all of a batch, or receive at least one message and all that are there. As above; what went
- * before an error is in batch->next, and an error after the first received message is not told. */
-int ik_sysv_queue_send_many(ik_sysv_queue *queue, ik_sysv_batch *batch, int64_t type,
-                            int64_t deadline_ns);
-int ik_sysv_queue_recv_many(ik_sysv_queue *queue, ik_sysv_batch *batch, int64_t type, int all_but,
+/* Send those from first on of count messages, which lie in data one after the other: how many went,
+ * at least one. Fewer than all: the next call tells why. lengths: uint32_t of each. Errors as
+ * above. */
+int ik_sysv_queue_send_many(ik_sysv_queue *queue, const char *data, const char *lengths,
+                            uint32_t first, uint32_t count, int64_t type, int64_t deadline_ns);
+/* Receive all that are there, at least one, at most count: how many. Errors as above. */
+int ik_sysv_queue_recv_many(ik_sysv_batch *batch, uint32_t count, int64_t type, int all_but,
                             int64_t deadline_ns);
 
 /* Copy the message at that place in the queue, which stays: its size, or -ENOMSG, -ENOSYS, ... */

@@ -8,6 +8,7 @@ asyncio stand on a thread that waits without taking anything out. Nothing polls.
 """
 
 import errno
+from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _send = lib.ik_sysv_queue_send
 _recv = lib.ik_sysv_queue_recv
 _recv_any = lib.ik_sysv_queue_recv_any
 _recv_within = lib.ik_sysv_queue_recv_within
+_recv_many = lib.ik_sysv_queue_recv_many
+_class = type  # the name means the type of a message below
 _BATCH = 64 * 1024  # bytes that one call of recv_many() takes
 _MOST = 1024  # messages, likewise
 _INT_MAX = (1 << 31) - 1
@@ -234,17 +237,22 @@ class MessageQueue:
         Raises: as send(), if none was sent; EMSGSIZE for one over kernel.msgmax before any is.
         """
         deadline_ns = deadline(timeout)
-        blocks = [data if isinstance(data, bytes) else memoryview(data).tobytes() for data in messages]
-        sizes = [*map(len, blocks)]
+        blocks: list[Any] = [*messages]
+        if not {*map(_class, blocks)} <= {bytes}:
+            blocks = [memoryview(data).tobytes() for data in blocks]
+        sizes = array("I", map(len, blocks))
         if sizes and max(sizes) > self._room:
             self._check_size(max(sizes))
-        memory, marks = ffi.from_buffer(b"".join(blocks)), ffi.new("uint32_t[]", sizes)
-        batch = ffi.new("ik_sysv_batch *", {"memory": memory, "marks": marks, "count": len(blocks)})
-        while (rc := lib.ik_sysv_queue_send_many(self._queue, batch, type, deadline_ns)) == -errno.EINTR:
-            pass
-        if rc < 0 and batch.next == 0:
-            self._not_sent(rc, sizes[0], type)
-        return batch.next  # type: ignore[no-any-return]
+        data, lengths, done, count = b"".join(blocks), sizes.tobytes(), 0, len(sizes)
+        while done < count:
+            rc = lib.ik_sysv_queue_send_many(self._queue, data, lengths, done, count, type, deadline_ns)
+            if rc > 0:
+                done += rc
+            elif rc != -errno.EINTR and done:
+                break
+            elif rc != -errno.EINTR:
+                self._not_sent(rc, sizes[0], type)
+        return done
 
     async def asend(self, data: Buffer, *, type: int = 1, timeout: float | None = None) -> None:
         """As send(), for asyncio: only the calling task waits, while a thread of its own sends.
@@ -397,25 +405,22 @@ class MessageQueue:
             got += some
         return got
 
-    def _some(self, most: int, type: int, all_but: bool, deadline_ns: int) -> tuple[list[bytes], bool]:
+    def _some(self, most: int, type: int, all_but: bool, deadline_ns: int) -> tuple[list[bytes], int]:
         """What one call gets, and whether there may be more."""
-        most = min(most, _MOST)
         try:
-            memory, text, marks, batch = self._batches.pop()
+            batch, text, marks = kept = self._batches.pop()
         except IndexError:
-            memory, text, marks, batch = self._new_batch()
-        batch.count, batch.next = most, 0
-        while (
-            rc := lib.ik_sysv_queue_recv_many(self._queue, batch, type, all_but, deadline_ns)
-        ) == -errno.EINTR:
+            batch, text, marks = kept = self._new_batch()
+        most = min(most, _MOST)
+        while (count := _recv_many(batch, most, type, all_but, deadline_ns)) == -errno.EINTR:
             pass
-        if rc < 0:
-            self._fail("recv", rc)
-        ends = iter(ffi.unpack(marks, 2 * batch.next))
-        got = [text[begin:end] for begin, end in zip(ends, ends)]  # noqa: B905 - pairs
-        more = bool(batch.full) or batch.next == most
-        self._batches.append((memory, text, marks, batch))
-        return got, more
+        if count < 0:
+            self._fail("recv", count)
+        *ends, full = ffi.unpack(marks, 2 * count + 1)
+        pairs = iter(ends)
+        got = [text[begin:end] for begin, end in zip(pairs, pairs)]  # noqa: B905
+        self._batches.append(kept)
+        return got, full or count == most
 
     async def arecv(self, *, type: int = 0, all_but: bool = False, timeout: float | None = None) -> bytes:
         """As recv(), for asyncio: only the calling task waits. A cancelled receive has taken nothing."""
@@ -494,9 +499,9 @@ class MessageQueue:
     def _new_batch(self) -> tuple[Any, ...]:
         room = max(self._room, limits.value("kernel.msgmax") or 0)
         size = max(_BATCH, 2 * room)
-        memory, marks = ffi.new("char[]", size), ffi.new("uint32_t[]", 2 * _MOST)
-        fields = {"memory": memory, "size": size, "room": room, "marks": marks}
-        return memory, ffi.buffer(memory), marks, ffi.new("ik_sysv_batch *", fields)
+        memory, marks = ffi.new("char[]", size), ffi.new("uint32_t[]", 2 * _MOST + 1)
+        fields = {"queue": self._queue, "memory": memory, "size": size, "room": room, "marks": marks}
+        return ffi.new("ik_sysv_batch *", fields), ffi.buffer(memory), marks
 
     def _go_on(
         self, rc: int, block: _Block, type: int, all_but: bool, deadline_ns: int
