@@ -322,20 +322,22 @@ class MessageQueue:
             PermissionError (EACCES); ValueError for all_but without a type; Closed.
         Fork: usable on both sides. Threads: any number. See msgrcv(2).
         """
-        if type or all_but:
-            return self.recv_message(type=type, all_but=all_but, timeout=timeout).data
-        blocks = self._blocks
+        blocks, deadline_ns = self._blocks, FOREVER
         try:
             message, text = block = blocks.pop()
         except IndexError:
             message, text = block = self._block(self._room)
-        if timeout is None:
+        if type or all_but:
+            _check_all_but(all_but, type)
+            deadline_ns = deadline(timeout)
+            size = _recv(message, type, all_but, deadline_ns)
+        elif timeout is None:
             size = _recv_any(message)
         else:
             size = _recv_within(message, timeout if timeout >= 0 else deadline(timeout))
+            deadline_ns = NOW if size >= 0 else message.deadline_ns
         if size < 0:
-            deadline_ns = FOREVER if timeout is None else message.deadline_ns
-            size, block = self._go_on(size, block, 0, False, deadline_ns)
+            size, block = self._go_on(size, block, type, all_but, deadline_ns)
             text = block[1]
         data: bytes = text[:size]
         blocks.append(block)
@@ -366,16 +368,15 @@ class MessageQueue:
             )
         deadline_ns = deadline(timeout)
         _check_all_but(all_but, type)
-        block = self._block(min(view.nbytes, limits.value("kernel.msgmax") or view.nbytes))
-        while (size := _recv(block[0], type, all_but, deadline_ns)) == -errno.EINTR:
-            pass
+        size, block = self._within_room(view.nbytes, type, all_but, deadline_ns)
         if size == -errno.E2BIG:
             self._too_small(view.nbytes, type, all_but)
         if size < 0:
             self._fail("recv", size)
         if size:
             view.cast("B")[:size] = block[1][:size]
-        return size  # type: ignore[no-any-return]
+        self._blocks.append(block)
+        return size
 
     def recv_many(
         self,
@@ -392,8 +393,9 @@ class MessageQueue:
         """
         if max is not None and max < 1:
             raise ValueError(f"max must be None or at least 1, not {max}")
-        deadline_ns = deadline(timeout)
-        _check_all_but(all_but, type)
+        deadline_ns = FOREVER if timeout is None else deadline(timeout)
+        if all_but:
+            _check_all_but(all_but, type)
         got, more = self._some(max or _MOST, type, all_but, deadline_ns)
         if more and max is None:  # and no more than there are now, or a busy sender would keep us for ever
             max = len(got) + self.stat().messages
@@ -412,10 +414,9 @@ class MessageQueue:
         except IndexError:
             batch, text, marks = kept = self._new_batch()
         most = min(most, _MOST)
-        while (count := _recv_many(batch, most, type, all_but, deadline_ns)) == -errno.EINTR:
-            pass
-        if count < 0:
-            self._fail("recv", count)
+        while (count := _recv_many(batch, most, type, all_but, deadline_ns)) < 0:
+            if count != -errno.EINTR:
+                self._fail("recv", count)
         *ends, full = ffi.unpack(marks, 2 * count + 1)
         pairs = iter(ends)
         got = [text[begin:end] for begin, end in zip(pairs, pairs)]  # noqa: B905
@@ -515,6 +516,21 @@ class MessageQueue:
                 self._fail("recv", rc)
             rc = _recv(block[0], type, all_but, deadline_ns)
         return rc, block
+
+    def _within_room(self, room: int, type: int, all_but: bool, deadline_ns: int) -> tuple[int, _Block]:
+        """Receive at most *room* bytes: what C returned, and the block."""
+        block = self._spare()
+        while True:
+            message, own = block[0], block[0].room
+            message.room = min(own, room)
+            try:
+                size = _recv(message, type, all_but, deadline_ns)
+            finally:
+                message.room = own
+            if size == -errno.E2BIG and own < room:  # kernel.msgmax was raised since
+                block = self._block(2 * own)
+            elif size != -errno.EINTR:
+                return size, block
 
     def _too_small(self, size: int, type: int, all_but: bool) -> NoReturn:
         next_size = self._next_size(type, all_but)
