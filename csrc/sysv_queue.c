@@ -95,19 +95,22 @@ static bool take_signal(int number) {
     return false;
 }
 
-/* The highest that has no handler, and isn't blocked, as it is by who takes it by sigwait. */
-static int choose_signal(void) {
-    sigset_t blocked;
-    pthread_sigmask(SIG_BLOCK, NULL, &blocked);
-    for (int number = SIGRTMAX; number >= SIGRTMIN; number--)
-        if (!sigismember(&blocked, number) && !has_handler(number) && take_signal(number))
-            return number;
+/* The highest that has no handler, and isn't blocked, as it is by who takes it by sigwait; of a
+ * thread that blocks all, the highest without a handler. */
+static int choose_signal(const sigset_t *blocked) {
+    for (int any = 0; any <= 1; any++)
+        for (int number = SIGRTMAX; number >= SIGRTMIN; number--)
+            if ((any || !sigismember(blocked, number)) && !has_handler(number) &&
+                take_signal(number))
+                return number;
     return 0;
 }
 
-static int use_signal(void) {
-    if (users == 0 && !(wake_signal && take_signal(wake_signal)))
-        wake_signal = choose_signal();
+static int use_signal(sigset_t *ret_blocked) {
+    pthread_sigmask(SIG_BLOCK, NULL, ret_blocked);
+    bool again = wake_signal && !sigismember(ret_blocked, wake_signal);
+    if (users == 0 && !(again && take_signal(wake_signal)))
+        wake_signal = choose_signal(ret_blocked);
     if (wake_signal == 0)
         return -EAGAIN;
     users++;
@@ -323,15 +326,15 @@ static int begin_wait(waiter *w, ik_sysv_queue *q) {
     w->queue = q;
     w->thread = pthread_self();
     pthread_mutex_lock(&lock);
-    int rc = q->closed ? -EBADF : use_signal();
+    int rc = q->closed ? -EBADF : use_signal(&w->before);
     if (rc == 0) {
         w->next = waiters;
         waiters = w;
     }
     pthread_mutex_unlock(&lock);
     sigset_t ours = only_our_signal();
-    if (rc == 0)
-        pthread_sigmask(SIG_UNBLOCK, &ours, &w->before);
+    if (rc == 0 && sigismember(&w->before, wake_signal))
+        pthread_sigmask(SIG_UNBLOCK, &ours, NULL);
     return rc;
 }
 
@@ -551,8 +554,9 @@ static int start_thread(ik_sysv_helper *h) {
 
 static int start_helper(ik_sysv_helper *h) {
     ik_sysv_queue *q = h->queue;
+    sigset_t blocked;
     pthread_mutex_lock(&lock);
-    int rc = q->closed ? -EBADF : use_signal();
+    int rc = q->closed ? -EBADF : use_signal(&blocked);
     if (rc == 0 && (rc = start_thread(h)) < 0)
         release_signal();
     if (rc == 0) {
