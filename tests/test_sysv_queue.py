@@ -3,6 +3,7 @@ import errno
 import gc
 import os
 import pickle
+import platform
 import random
 import select
 import signal
@@ -30,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PEER = ROOT / "build/peers/sysv_queue"
 WHOLE = os.environ.get("IPCKIT_PROOF") == "1"
 NOBODY = 65534
+# msgsnd and msgrcv, as /proc/PID/syscall has them
+WAITS = ("69", "70") if platform.machine() == "x86_64" else ("188", "189")
 MSGMAX = limits.value("kernel.msgmax")
 MSGMNB = limits.value("kernel.msgmnb")
 
@@ -75,7 +78,7 @@ def blocked(task):
     """Is a thread in msgrcv or msgsnd? Its kernel stack can't be read, but its system call can."""
     with suppress(OSError):
         number = Path(f"/proc/self/task/{task}/syscall").read_text().split()[0]
-        return number in ("69", "70")
+        return number in WAITS
     return False
 
 
@@ -85,7 +88,7 @@ def waiting(count=1):
 
 
 def process_waiting(pid):
-    eventually(lambda: Path(f"/proc/{pid}/syscall").read_text().split()[0] in ("69", "70"))
+    eventually(lambda: Path(f"/proc/{pid}/syscall").read_text().split()[0] in WAITS)
 
 
 def fill(queue, size=1024, type=1):
@@ -566,8 +569,8 @@ def test_a_full_queue_blocks_until_there_is_room(queue):
 
 @pytest.mark.proof
 def test_a_timed_receive_ends_in_time_and_uses_no_processor(queue):
-    """10 s, within 5 ms, under 10 ms of processor time."""
-    seconds = 10 if WHOLE else 1
+    """10 s, within 5 ms, under 10 ms of processor time; the slice is 1 s, and may be late."""
+    seconds, latest = (10, 0.005) if WHOLE else (1, 0.1)
     late = []
     for _ in range(3):
         used, start = time.process_time(), time.monotonic()
@@ -576,12 +579,12 @@ def test_a_timed_receive_ends_in_time_and_uses_no_processor(queue):
         late.append(time.monotonic() - start - seconds)
         assert time.process_time() - used < 0.01
         assert late[-1] >= 0
-        if late[-1] < 0.005:
+        if late[-1] < latest:
             break
     print(
         f"{seconds} s receive ended {late[-1] * 1000:+.2f} ms, {time.process_time() - used:.4f} s of processor"
     )
-    assert min(late) < 0.005, "on a busy machine: in one of three"
+    assert min(late) < latest, "on a busy machine: in one of three"
 
 
 @pytest.mark.proof
