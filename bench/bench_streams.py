@@ -3,41 +3,21 @@
 
     python bench/bench_streams.py [--rounds N] [--seconds S] [--quick]
 
-The contenders of a row take turns, and the ratio is that of their fastest rounds, so that what else
-the machine does counts little. The absolute figures mean something on the same machine only.
+The absolute figures mean something on the same machine only.
 """
 
-import argparse
 import functools
 import multiprocessing
 import os
-import platform
-import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+
+from turns import Contender, Row, Step, both, bound, run
 
 import ipckit
 from ipckit import pipes
 
 SIZES = {"64 B": 64, "1 KiB": 1024, "64 KiB": 65536, "1 MiB": 1 << 20}
 BATCH = 500
-
-Step = Callable[[], object]
-
-
-class Contender(NamedTuple):
-    name: str
-    make: Callable[[], tuple[object, object]]
-    near: Callable[[object, bytes], Step]  # what this process does again and again
-    far: Callable[[object, bytes], Step]  # what the other does
-
-
-class Row(NamedTuple):
-    name: str
-    size: int
-    contenders: list[Contender]
-    targets: list[float]  # of the first against each of the others, 0 for none
-    each: int = 1  # messages in a step
 
 
 # --- the contenders
@@ -75,18 +55,6 @@ def raw_pair() -> tuple[RawPipe, RawPipe]:
     return RawPipe(back[0], there[1]), RawPipe(there[0], back[1])
 
 
-def twice(first: Step, second: Step) -> Step:
-    def step() -> None:
-        first()
-        second()
-
-    return step
-
-
-def bound(end: object, verb: str, *arguments: object) -> Step:
-    return functools.partial(getattr(end, verb), *arguments)
-
-
 def one_way(name: str, make: Step, send: str, recv: str, *size: int) -> Contender:
     return Contender(
         name, make, lambda end, data: bound(end, recv, *size), lambda end, data: bound(end, send, data)
@@ -97,8 +65,8 @@ def round_trip(name: str, make: Step, send: str, recv: str, *size: int) -> Conte
     return Contender(
         name,
         make,
-        lambda end, data: twice(bound(end, send, data), bound(end, recv, *size)),
-        lambda end, data: twice(bound(end, recv, *size), bound(end, send, data)),
+        lambda end, data: both(bound(end, send, data), bound(end, recv, *size)),
+        lambda end, data: both(bound(end, recv, *size), bound(end, send, data)),
     )
 
 
@@ -161,68 +129,5 @@ def rows() -> Iterator[Row]:
     yield Row("100 buffers of 64 B", 64, buffers, [0, 1])
 
 
-# --- measuring
-
-
-def steps_for(row: Row, seconds: float) -> int:
-    """About how many steps of the row fit into the time."""
-    return max(3, int(seconds / (row.each * (4e-6 + row.size / 2e9))))
-
-
-def measure(contender: Contender, size: int, steps: int) -> float:
-    """Seconds for each step, from when both processes are there."""
-    near, far = contender.make()
-    data = bytes(size)
-    told, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        step = contender.far(far, data)
-        os.write(tell, b".")
-        for _ in range(steps):
-            step()
-        os._exit(0)
-    os.read(told, 1)
-    step = contender.near(near, data)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    took = time.perf_counter() - start
-    os.waitpid(pid, 0)
-    for end in (near, far):
-        end.close()
-    os.close(told)
-    os.close(tell)
-    return took / steps
-
-
-def report(row: Row, best: list[float]) -> None:
-    ours, others = row.contenders[0], row.contenders[1:]
-    print(f"{row.name:20} {ours.name:10} {best[0] / row.each * 1e6:9.2f} us", end="")
-    verdicts = []
-    for other, took, target in zip(others, best[1:], row.targets, strict=True):
-        print(f"   {took / best[0]:5.2f} x {other.name}", end="")
-        if target:
-            verdicts.append((took / best[0] >= target, f"{target:g} x {other.name}"))
-    print("".join(f"   {'REACHED' if good else 'NOT REACHED'} {what}" for good, what in verdicts), flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (default 7)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="about, for a turn (default 0.3)")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="one short turn each: does it run?")
-    options = parser.parse_args()
-    rounds, seconds = (1, 0.002) if options.quick else (options.rounds, options.seconds)
-    print(f"Python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} CPUs; ", end="")
-    print(f"time for a message or a step, rates as ratios; the fastest of {rounds} rounds")
-    for row in rows():
-        if options.only not in row.name:
-            continue
-        steps = steps_for(row, seconds)
-        taken = [[measure(c, row.size, steps) for c in row.contenders] for _ in range(rounds)]
-        report(row, [min(times) for times in zip(*taken, strict=True)])
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, rows())

@@ -5,6 +5,7 @@ The rooms, lowest first; each imports only from those before it:
 
     errors      Closed, PeerDied, Corrupt; every other error is the OSError that errno means
     wait        timeouts as one deadline per operation; waiting for a descriptor
+    endpoints   the verbs that all have which messages go into or come out of
     vectored    readv, writev and variants that move everything
     sockets     flags, time limits, urgent data, descriptors and credentials on any socket
     pipes       framed messages and bytes over one pipe and over two; splice, tee
@@ -12,15 +13,20 @@ The rooms, lowest first; each imports only from those before it:
     process     fork, children held by a pidfd, the reaper
     limits      the kernel's limits on named objects, and how to raise them
     registry    who made and who uses what has a name in the kernel
+    memory      shared memory: a sealed memfd, or a named file; views pin it; numpy
+    sysv        System V message queues, shared memory and semaphores, by key or id
+    posix       POSIX message queues, semaphores and shared memory, by name
+    inventory   what has a name on this machine, who uses it, what is orphaned
     messagelog  many writers, one pipe, a logger child, a file
     servers     the echo server (a process per connection) and the split client
-    cli         ipckit serve, client, demo
+    cli         ipckit serve, client, demo, ls, rm, gc, doctor
 """
 
 from ipckit import sockets as sockets
 from ipckit.errors import Closed as Closed
 from ipckit.errors import Corrupt as Corrupt
 from ipckit.errors import PeerDied as PeerDied
+from ipckit.memory import SharedMemory as SharedMemory
 from ipckit.messagelog import LogStats as LogStats
 from ipckit.messagelog import LogWriter as LogWriter
 from ipckit.messagelog import MessageLog as MessageLog

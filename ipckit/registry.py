@@ -6,7 +6,7 @@ that was nor who still uses it. So every process that makes or opens such a thin
 leaves a record: what, as what (creator or user), and which process that is, by pid, start time and
 pid namespace, which together never mean another one. ``ipckit gc`` judges by these records.
 
-A record is a symbolic link ``/dev/shm/ipckit-<uid>/<kind>.<digest>/<pid>.<start>.<namespace>``, whose
+A record is a symbolic link ``/dev/shm/ipckit-<uid>/<kind>@<digest>/<pid>.<start>.<namespace>``, whose
 target holds the text: one system call makes it whole, so no kill leaves half of one, and it needs
 no space that a full /dev/shm would refuse. Folders that become empty go.
 
@@ -40,6 +40,8 @@ __all__ = [
     "enter",
     "entering",
     "folder",
+    "folders",
+    "lives",
     "records",
 ]
 
@@ -58,6 +60,8 @@ _WHERE = "/dev/shm"
 _LOCK = "lock"
 # These live in an ipc namespace; the others in the file system that the record itself is in.
 _OF_IPC_NAMESPACE = ("sysv-queue", "sysv-memory", "sysv-semaphore", "posix-queue")
+# The threads that hold the lock alone; they may fork without it.
+_cleaners: set[int] = set()
 # A cleaner is done within milliseconds; one that was stopped in the middle must not stop everybody.
 _PATIENCE = 10.0
 
@@ -113,6 +117,14 @@ def _exists(pid: int) -> bool:
     return True
 
 
+def lives(pid: int) -> bool:
+    """Whether some process has this number: not proven dead, at least."""
+    if not _exists(pid):
+        return False
+    status = _status(pid) if _proc_is_ours() else None
+    return status is None or not status.ended
+
+
 def _namespace(kind: str) -> int:
     return os.stat(f"/proc/self/ns/{kind}").st_ino
 
@@ -146,47 +158,56 @@ def _path() -> str:
 
 
 def _make() -> None:
-    with suppress(FileExistsError):
+    with suppress(FileExistsError, FileNotFoundError):  # the latter: its last record went at once
         os.mkdir(_path(), 0o700)
         # Others may look, so that their cleaner sees who uses their objects; only we may write.
         os.chmod(_path(), 0o755)
 
 
-def folder(*, create: bool = False) -> int:
-    """A descriptor of this user's folder, for ``dir_fd=``; the caller closes it.
-
-    Raises: FileNotFoundError (ENOENT) if there is none and it isn't to be made; PermissionError (EPERM)
-        if somebody else made it, or others may write into it; OSError ENOTDIR if it is none.
-    """
+def _check_folder(create: bool) -> None:
+    """Nobody can put another one in the place of a folder that is ours: /dev/shm is sticky."""
     path = _path()
     while True:
-        if create:
-            _make()
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            found = os.lstat(path)
+            break
         except FileNotFoundError:
             if not create or not os.path.isdir(_WHERE):
                 raise
-            continue  # its last record went in between
-        found = os.fstat(fd)
-        if found.st_uid == os.geteuid() and not found.st_mode & 0o022:
-            return fd
-        os.close(fd)
+            _make()
+    if not stat.S_ISDIR(found.st_mode):
+        check(-errno.ENOTDIR, path)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o022:
         check(-errno.EPERM, f"{path} belongs to user {found.st_uid}, mode {stat.filemode(found.st_mode)}")
+
+
+def folder() -> int:
+    """A descriptor of this user's folder, for ``dir_fd=``; the caller closes it. Call it in entering().
+
+    Raises: PermissionError (EPERM) if somebody else made it, or others may write into it; OSError ENOTDIR
+        if it is none; FileNotFoundError (ENOENT) where there is no /dev/shm.
+    """
+    _check_folder(create=True)
+    return os.open(_path(), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _open_lock(create: bool) -> int:
     """The lock file, open; never one that is no longer at its place."""
     while True:
-        at = folder(create=create)
+        _check_folder(create)
         try:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
-            return os.open(_LOCK, flags, 0o600, dir_fd=at)
+            return os.open(f"{_path()}/{_LOCK}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             if not create:
                 raise
-        finally:
-            os.close(at)
+            _make_lock()
+
+
+def _make_lock() -> None:
+    path = f"{_path()}/{_LOCK}"
+    with suppress(FileNotFoundError):  # the folder went
+        os.close(os.open(path, os.O_CREAT | os.O_NOFOLLOW | os.O_RDONLY | os.O_CLOEXEC, 0o600))
+        os.chmod(path, 0o600)  # whatever the umask
 
 
 def _locked(operation: int, until: int, create: bool) -> int:
@@ -200,7 +221,7 @@ def _locked(operation: int, until: int, create: bool) -> int:
         try:
             while not _try_lock(fd, operation):
                 if remaining(until) == 0:
-                    check(-errno.ETIMEDOUT, f"lock of {_path()}, which a cleaner holds")
+                    check(-errno.ETIMEDOUT, f"lock of {_path()}, which another process holds")
                 time.sleep(0.001)
             if os.fstat(fd).st_nlink:  # else it went with its folder while we waited
                 held, fd = fd, -1
@@ -239,10 +260,12 @@ def cleaning(*, timeout: float | None = _PATIENCE) -> Iterator[None]:
     Raises: TimeoutError (ETIMEDOUT) if the lock could not be had for *timeout* seconds.
     """
     held = _locked(fcntl.LOCK_EX, deadline(timeout), create=True)
+    _cleaners.add(threading.get_ident())
     try:
         _sweep()
         yield
     finally:
+        _cleaners.discard(threading.get_ident())
         os.close(held)
         _tidy()
 
@@ -284,7 +307,8 @@ class Record(NamedTuple):
     ident: str
     """The System V id, or the name."""
     birth: str
-    """What tells the object from a later one with the same id or name; empty in a user's record."""
+    """What tells the object from a later one with the same id or name; empty in what a user of a System V
+    object recorded."""
     role: Literal["creator", "user"]
     left: bool
     """Its process closed the object in good order, and left it for others."""
@@ -297,11 +321,20 @@ class Record(NamedTuple):
     """Of the record itself."""
 
 
-def _place(kind: str, ident: str) -> str:
-    """The folder of an object's records; its name is as long for a short name as for a long one."""
-    space = _namespace("ipc") if kind in _OF_IPC_NAMESPACE else 0
-    digest = hashlib.sha256(f"{space} {ident}".encode(errors="surrogateescape")).hexdigest()[:16]
-    return f"{_path()}/{kind}.{digest}"
+def _space(kind: str) -> int:
+    """In which of several worlds an object of this kind has its name."""
+    return _namespace("ipc") if kind in _OF_IPC_NAMESPACE else 0
+
+
+def _place(kind: str, ident: str, birth: str, space: int) -> str:
+    """The folder of an object's records; its name is as long for a short name as for a long one.
+
+    A later object of the same name has another, so that its records don't go with those of the first.
+    System V ids aren't used again, and what is the birth of such a thing changes.
+    """
+    which = f"{space} {ident}" if kind.startswith("sysv") else f"{birth} {space} {ident}"
+    digest = hashlib.sha256(which.encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{_path()}/{kind}@{digest}"
 
 
 def _parse(path: str, kind: str, uid: int) -> Record | None:
@@ -312,7 +345,7 @@ def _parse(path: str, kind: str, uid: int) -> Record | None:
         version, role, left, when, space, birth, ident, command = text.split(" ")
         if version != "1" or kind not in KINDS or role not in ("creator", "user"):
             return None
-        if kind in _OF_IPC_NAMESPACE and int(space) != _namespace("ipc"):
+        if int(space) != _space(kind):
             return None
         return Record(
             kind,
@@ -330,7 +363,7 @@ def _parse(path: str, kind: str, uid: int) -> Record | None:
         return None
 
 
-def _folders() -> Iterator[tuple[str, int]]:
+def folders() -> Iterator[tuple[str, int]]:
     """The folders of all users, each with its owner; not those that somebody made in another's name."""
     for entry in os.scandir(_WHERE):
         uid = entry.name.removeprefix("ipckit-")
@@ -348,10 +381,10 @@ def records() -> list[Record]:
     That is: of this ipc namespace and this /dev/shm; other users' too.
     """
     found = []
-    for path, uid in _folders():
+    for path, uid in folders():
         with suppress(OSError):
             for entry in os.scandir(path):
-                kind = entry.name.partition(".")[0]
+                kind = entry.name.partition("@")[0]
                 if not entry.is_dir(follow_symlinks=False):
                     continue
                 with suppress(OSError):
@@ -366,9 +399,26 @@ def drop(record: Record) -> None:
     _close_place(os.path.dirname(record.path))
 
 
-def _close_place(place: str) -> None:
-    with suppress(OSError):  # not empty, or gone
+def _close_place(place: str) -> bool:
+    """Remove the folder of an object without records. False if there are some."""
+    try:
         os.rmdir(place)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EPERM, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def _empty(place: str) -> None:
+    """Remove the records of other processes, of which most often there are none."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(place):
+            with suppress(FileNotFoundError, PermissionError):
+                os.unlink(f"{place}/{name}")
+    _close_place(place)
 
 
 def _replace(path: str, text: str) -> None:
@@ -391,6 +441,9 @@ def _write(place: str, name: str, text: str) -> None:
         except FileNotFoundError:
             if not os.path.isdir(os.path.dirname(place)):
                 raise
+        except OSError:
+            _close_place(place)
+            raise
 
 
 # --- what this process has ---------------------------------------------------------------------------
@@ -399,35 +452,35 @@ def _write(place: str, name: str, text: str) -> None:
 class _Entry:
     """This process's record of one object, however many handles it has of it."""
 
-    def __init__(self, kind: str, ident: str) -> None:
-        self.kind, self.ident = kind, ident
-        self.birth = ""
-        self.role: Literal["creator", "user"] = "user"
+    def __init__(self, kind: str, ident: str, birth: str, created: bool) -> None:
+        self.kind, self.ident, self.birth = kind, ident, birth
+        self.role: Literal["creator", "user"] = "creator" if created else "user"
         self.time = time.time()
         self.handles = 0
 
-    def text(self, left: bool) -> str:
+    def text(self, space: int, left: bool) -> str:
         """What _parse() reads; under 128 bytes it takes no page of the file system."""
-        space = _namespace("ipc") if self.kind in _OF_IPC_NAMESPACE else 0
         ident, command = quote(os.fsencode(self.ident)), quote(_command(os.getpid()), safe="")
         return f"1 {self.role} {int(left)} {self.time:.3f} {space} {self.birth or '-'} {ident} {command}"
 
     def write(self, left: bool = False) -> None:
-        text = self.text(left)
-        self.place, self.name = _place(self.kind, self.ident), "{}.{}.{}".format(*_myself())
-        _write(self.place, self.name, text)
+        space = _space(self.kind)
+        self.place = _place(self.kind, self.ident, self.birth, space)
+        self.name = "{}.{}.{}".format(*_myself())
+        _write(self.place, self.name, self.text(space, left))
 
     def exists(self) -> bool:
         return os.path.lexists(f"{self.place}/{self.name}")
 
-    def erase(self) -> None:
+    def erase(self) -> bool:
+        """Remove the record. True if that was the last of the object."""
         with suppress(FileNotFoundError, PermissionError):  # the latter after setuid()
             os.unlink(f"{self.place}/{self.name}")
-        _close_place(self.place)
+        return _close_place(self.place)
 
 
-_entries: dict[tuple[str, str], _Entry] = {}
-_guard = threading.RLock()
+_entries: dict[tuple[str, str, str], _Entry] = {}
+_guard = threading.RLock()  # taken after the lock, where both are
 
 
 class Membership:
@@ -453,18 +506,21 @@ class Membership:
                     entry.write(left=True)
         _tidy()
 
+    def __del__(self) -> None:
+        # Dropped without close(): the record stays, but children don't get what is no longer there.
+        with _guard:
+            if self._entry is not None:
+                self._entry.handles -= 1
+
     def forget(self) -> None:
         """The object was removed: every process's record of it goes. Idempotent."""
         with _guard:
             entry, self._entry = self._entry, None
             if entry is None:
                 return
-            _entries.pop((entry.kind, entry.ident), None)
-            with suppress(FileNotFoundError):
-                for name in os.listdir(entry.place):
-                    with suppress(FileNotFoundError, PermissionError):
-                        os.unlink(f"{entry.place}/{name}")
-            _close_place(entry.place)
+            _entries.pop(_key(entry.kind, entry.ident, entry.birth), None)
+            if not entry.erase():
+                _empty(entry.place)
         _tidy()
 
     def refresh(self, birth: str) -> None:
@@ -494,17 +550,24 @@ def _rewrite_birth(path: str, birth: str) -> None:
 def _give_up(entry: _Entry) -> bool:
     """One handle less; True if it was the last of this process."""
     entry.handles -= 1
-    if entry.handles or _entries.get((entry.kind, entry.ident)) is not entry:
+    key = _key(entry.kind, entry.ident, entry.birth)
+    if entry.handles > 0 or _entries.get(key) is not entry:
         return False
-    del _entries[entry.kind, entry.ident]
+    del _entries[key]
     return True
+
+
+def _key(kind: str, ident: str, birth: str) -> tuple[str, str, str]:
+    """What is one object: of System V the id alone, since the birth changes."""
+    return kind, ident, "" if kind.startswith("sysv") else birth
 
 
 def enter(kind: str, ident: str, *, created: bool, birth: str = "") -> Membership:
     """Record that this process made (*created*) or opened an object. Call it inside entering().
 
     Args: kind: one of KINDS. ident: the System V id in decimal, or the name. birth: what tells the
-        object from a later one with the same id or name, without spaces; needed only of its creator.
+        object from a later one with the same id or name, without spaces: device and inode; of a System V
+        object its change time, and only from its creator.
     Returns: what the handle keeps, and tells when it is closed or the object removed.
     Raises: what folder() raises; OSError ENOSPC if the file system has no inode left.
     Fork: a child has the handles too, so it is recorded as a user before fork() returns in it.
@@ -512,14 +575,12 @@ def enter(kind: str, ident: str, *, created: bool, birth: str = "") -> Membershi
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
     with _guard:
-        entry = _entries.get((kind, ident))
+        entry = _entries.get(_key(kind, ident, birth))
         if entry is None or created:
-            entry = _Entry(kind, ident)
-            if created:
-                entry.role, entry.birth = "creator", birth
+            entry = _Entry(kind, ident, birth, created)
             entry.write()
-            _entries[kind, ident] = entry
-        elif not entry.exists():  # the object that we had was removed by somebody; this is its successor
+            _entries[_key(kind, ident, birth)] = entry
+        elif not entry.exists():  # somebody removed the records by mistake
             entry.write()
         entry.handles += 1
         return Membership(entry)
@@ -533,9 +594,11 @@ _forking: list[int] = []
 
 
 def _before_fork() -> None:
-    _guard.acquire()
-    if _entries:
-        _forking.append(_locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True))
+    try:
+        if any(entry.handles > 0 for entry in _entries.values()) and threading.get_ident() not in _cleaners:
+            _forking.append(_locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True))
+    finally:
+        _guard.acquire()
 
 
 def _after_fork_in_parent() -> None:
@@ -548,8 +611,10 @@ def _after_fork_in_child() -> None:
     global _guard  # noqa: PLW0603 - its owner is the thread that forked, which is another one here
     _guard = threading.RLock()
     try:
-        for entry in _entries.values():
-            entry.role, entry.birth, entry.time = "user", "", time.time()
+        for entry in [entry for entry in _entries.values() if entry.handles > 0]:
+            entry.role, entry.time = "user", time.time()
+            if entry.kind.startswith("sysv"):
+                entry.birth = ""
             entry.write()
     finally:
         while _forking:

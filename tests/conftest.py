@@ -17,18 +17,21 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import pytest
 
 
-def isolate() -> None:
-    """As root: give this process its own System V objects and /dev/shm, so that what other programs
-    of the machine make meanwhile isn't blamed on a test, and no test can hurt them."""
+def isolate() -> str:
+    """As root: give this process its own System V objects, message queues and /dev/shm, so that what
+    other programs of the machine make meanwhile isn't blamed on a test, and no test can hurt them.
+
+    Returns: where the POSIX message queues can be listed, also where /dev/mqueue isn't mounted."""
     libc = ctypes.CDLL(None, use_errno=True)
     new_ns, new_ipc, private_and_below = 0x00020000, 0x08000000, 0x00044000
     if libc.unshare(new_ns | new_ipc):
-        return
+        return "/dev/mqueue"
     libc.mount(b"none", b"/", None, private_and_below, None)
     libc.mount(b"shm", b"/dev/shm", b"tmpfs", 0, b"mode=1777")
+    return "/mnt" if libc.mount(b"mqueue", b"/mnt", b"mqueue", 0, None) == 0 else "/dev/mqueue"
 
 
-isolate()
+QUEUES = isolate()
 
 PATIENCE = 20.0  # seconds that a test waits for a child before it gives up
 
@@ -63,7 +66,7 @@ def system_v_ids() -> set[tuple[str, str]]:
 def named_objects() -> set[str]:
     return {
         f"{folder}/{name}"
-        for folder in ("/dev/shm", "/dev/mqueue")
+        for folder in ("/dev/shm", QUEUES)
         if os.path.isdir(folder)
         for name in os.listdir(folder)
     }

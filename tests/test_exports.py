@@ -5,11 +5,12 @@ import ipckit
 
 # Too general a name at the top, or of use to those only who know the room: found in the room.
 IN_THE_ROOM = {
+    "memory": {"Mapping", "Views", "allocate", "check_file"},
     "pipes": {"Duplex", "DuplexStats", "Reader", "Stats", "Writer"},
     "process": {"NativeMemory"},
     "errors": {"check"},
 }
-BY_MODULE = {"limits", "registry", "sockets", "wait"}
+BY_MODULE = {"endpoints", "inventory", "limits", "registry", "sockets", "wait"}
 
 
 def rooms():

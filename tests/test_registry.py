@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -122,9 +123,20 @@ def test_forgetting_takes_the_records_of_all_processes(forked):
     assert ours() == []
 
 
-def test_the_successor_of_a_removed_object_is_recorded_too():
+def test_the_records_of_a_removed_object_do_not_take_along_those_of_its_successor():
+    first = enter(birth="1.1")
+    second = enter(birth="1.2")  # between the unlink() and the forget() of the first
+    first.forget()
+    assert [record.birth for record in ours()] == ["1.2"]
+    first.leave()
+    second.leave()
+    assert [(record.birth, record.left) for record in ours()] == [("1.2", True)]
+    drop_all()
+
+
+def test_a_lost_record_is_written_again():
     first = enter(created=False)
-    drop_all()  # as the process does that removes the object
+    drop_all()
     second = enter(created=False)
     assert len(ours()) == 1
     first.leave()
@@ -132,18 +144,51 @@ def test_the_successor_of_a_removed_object_is_recorded_too():
     second.leave()
 
 
+def test_a_record_that_can_not_be_written_leaves_nothing(forked):
+    def child(ready):
+        libc = ctypes.CDLL(None)
+        assert libc.mount(b"few", b"/dev/shm", b"tmpfs", 0, b"nr_inodes=4") == 0
+        with pytest.raises(OSError, match="posix-queue@") as caught:
+            enter()
+        assert caught.value.errno == errno.ENOSPC
+        assert os.listdir("/dev/shm") == []
+        libc.umount2(b"/dev/shm", 2)
+
+    assert forked(child).wait() == 0
+
+
+def test_the_lock_can_be_opened_again_whatever_the_umask():
+    old = os.umask(0o777)
+    try:
+        member = enter()
+    finally:
+        os.umask(old)
+    lock = os.stat(f"/dev/shm/ipckit-{os.geteuid()}/lock")
+    assert lock.st_mode & 0o777 == 0o600
+    member.forget()
+
+
+def test_a_cleaner_that_forks_does_not_wait_for_itself(forked):
+    member = enter()
+    start = time.monotonic()
+    with registry.cleaning():
+        assert forked(lambda ready: None).wait() == 0
+    assert time.monotonic() - start < 5
+    member.forget()
+
+
 def test_a_new_birth_reaches_the_record_of_the_creator(forked):
     def other(ready):
-        user = enter(created=False)
+        user = enter(created=False, birth="", kind="sysv-queue")
         user.refresh("8.8")
         user.leave()
         member.leave()  # came with the fork
 
-    member = enter()
+    member = enter(kind="sysv-queue")
     member.refresh("9.9")
-    assert ours()[0].birth == "9.9"
+    assert ours("sysv-queue")[0].birth == "9.9"
     assert forked(other).wait() == 0
-    assert [record.birth for record in ours()] == ["8.8"]
+    assert [record.birth for record in ours("sysv-queue")] == ["8.8"]
     member.forget()
 
 
@@ -250,13 +295,22 @@ def test_a_child_is_recorded_when_fork_returns(forked):
     member.forget()
 
 
+def test_a_handle_dropped_without_close_is_not_passed_on_but_stays_on_record(forked):
+    member = enter()
+    del member
+    assert forked(lambda ready: sys.exit(len(ours()))).wait() == 1
+    again = enter(created=False)
+    assert [record.role for record in ours()] == ["creator"]
+    again.forget()
+
+
 def test_no_cleaner_comes_between_fork_and_the_record_of_the_child():
     script = """
 import os, signal
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGSTOP))
 from ipckit import registry
 with registry.entering():
-    registry.enter("posix-queue", "/jobs", created=True)
+    member = registry.enter("posix-queue", "/jobs", created=True)
 child = os.fork()
 if child == 0:
     signal.pause()
@@ -317,7 +371,7 @@ def test_what_a_kill_in_the_middle_leaves_is_swept():
     dead.wait()
     name = f"{dead.pid}.{start}.{os.stat('/proc/self/ns/pid').st_ino}.140"
     os.symlink("half", f"{place}/{name}")
-    os.mkdir(os.path.join(os.path.dirname(place), "posix-queue.0123456789abcdef"))
+    os.mkdir(os.path.join(os.path.dirname(place), "posix-queue@0123456789abcdef"))
     with registry.cleaning():
         assert name not in os.listdir(place)
         assert len(ours()) == 1

@@ -10,7 +10,7 @@ from ipckit.sysv.keys import ftok, key_of, shown
 @pytest.mark.parametrize("project", [1, ord("R"), 127, 128, 255])
 def test_ftok_is_what_c_gives(tmp_path, project):
     assert ftok(tmp_path, project) == sysv_ipc.ftok(str(tmp_path), project, True)
-    assert ftok(os.fsencode(tmp_path), project) == key_of((tmp_path, project), False)
+    assert ftok(os.fsencode(tmp_path), project) == key_of((tmp_path, project))
 
 
 @pytest.mark.parametrize("project", [0, -1, 256, 1 << 20])
@@ -21,31 +21,29 @@ def test_a_project_that_ftok_would_cut_is_refused(tmp_path, project):
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere") as caught:
-        key_of((tmp_path / "nowhere", 1), True)
+        key_of((tmp_path / "nowhere", 1))
     assert caught.value.errno == errno.ENOENT
 
 
 def test_numbers_signed_and_unsigned_are_one_key():
-    assert key_of(0x80000001, False) == key_of(-0x7FFFFFFF, False) == -0x7FFFFFFF
-    assert key_of(0x1234, False) == 0x1234
+    assert key_of(0x80000001) == key_of(-0x7FFFFFFF) == -0x7FFFFFFF
+    assert key_of(0x1234) == 0x1234
     assert shown(-0x7FFFFFFF) == "key 0x80000001"
     assert shown(0x1234) == "key 0x00001234"
 
 
-def test_a_private_object_can_only_be_made():
-    assert key_of(None, True) == 0
+def test_none_is_a_private_object():
+    assert key_of(None) == 0
     assert shown(0) == "private"
-    with pytest.raises(ValueError, match="None .* needs create=True"):
-        key_of(None, False)
 
 
 @pytest.mark.parametrize("key", [0, 1 << 32, -(1 << 31) - 1])
 def test_a_number_that_is_no_key(key):
     with pytest.raises(ValueError, match=f"not {key}$"):
-        key_of(key, True)
+        key_of(key)
 
 
 @pytest.mark.parametrize("key", ["/jobs", 1.5, b"x"])
 def test_what_is_no_key_at_all(key):
     with pytest.raises(TypeError, match=f"not {key!r}"):
-        key_of(key, True)
+        key_of(key)

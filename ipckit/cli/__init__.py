@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: ``ipckit serve``, ``ipckit client``, ``ipckit demo``.
+"""The command line: ``ipckit serve, client, demo`` and ``ipckit ls, rm, gc, doctor``.
 
 Status 0: done; 1: it could not be done, one line on standard error says why; 2: wrong usage.
 """
@@ -12,7 +12,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line of this process."""
     try:
-        from ipckit.cli import commands
+        from ipckit.cli import commands, objects, servers  # noqa: F401 - they add themselves
     except ModuleNotFoundError as missing:
         if missing.name not in ("click", "rich"):
             raise

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The keys by which unrelated processes find one System V object. See ftok(3), sysvipc(7)."""
 
+import errno
 import os
+from collections.abc import Callable
 
 __all__ = ["Key", "ftok"]
 
@@ -33,19 +35,17 @@ def _signed(key: int) -> int:
     return key - (1 << 32) if key >> 31 == 1 else key
 
 
-def key_of(key: Key, create: bool) -> int:
+def key_of(key: Key) -> int:
     """The number of a ``key`` argument: a key, (path, project) for ftok(), or None for PRIVATE.
 
     A number may be given signed, as C has it, or unsigned, as ipcs(1) shows it.
 
-    Raises: ValueError for PRIVATE without *create*, since there is nothing to find, for 0 as a number
-        and for what is no 32-bit number; TypeError for anything else; what ftok() raises.
+    Raises: ValueError for 0 and for what is no 32-bit number; TypeError for anything else; what ftok()
+        raises.
     """
     if isinstance(key, tuple):
         return ftok(*key)
     if key is None:
-        if not create:
-            raise ValueError("key None makes a new private object, so it needs create=True")
         return PRIVATE
     if not isinstance(key, int):
         raise TypeError(f"key must be a number, (path, project) or None, not {key!r}")
@@ -57,3 +57,26 @@ def key_of(key: Key, create: bool) -> int:
 def shown(key: int) -> str:
     """The key as ipcs(1) shows it, for messages."""
     return "private" if key == PRIVATE else f"key {key & 0xFFFFFFFF:#010x}"
+
+
+def check_creation(create: bool, exclusive: bool, mode: int) -> None:
+    """Raises: ValueError for a mode that is more than permissions, and *exclusive* without *create*."""
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"mode must be permissions from 0 to 0o777, not {mode:#o}")
+    if exclusive and not create:
+        raise ValueError("exclusive=True needs create=True")
+
+
+def find_or_create(
+    find: Callable[[], int], make: Callable[[], int] | None, exclusive: bool
+) -> tuple[int, bool]:
+    """The id of an object, or -errno, and whether it was made here and now.
+
+    Args: make: None if the object must exist.
+    """
+    while True:
+        if make and ((rc := make()) != -errno.EEXIST or exclusive):
+            return rc, True
+        rc = find()
+        if rc != -errno.ENOENT or not make:  # else it was removed in between
+            return rc, False

@@ -1,0 +1,376 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * hot.c - ipckit._hot: the calls of which a Python function around them would be a quarter of the
+ * time. The only file with Python.h.
+ *
+ * A class here is the base of the Python class of the same room. Its methods do what succeeds, at
+ * once or after a wait; anything else (errors, other buffers than bytes) they leave to the Python
+ * method of the same name with an underscore in front, which gets the same arguments; when the time
+ * is over, with a timeout of 0.
+ */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <errno.h>
+#include <math.h>
+#include <poll.h>
+#include <stdbool.h>
+
+#include "posix.h"
+#include "wait.h"
+
+/* So little that the GIL isn't worth dropping for it, which also guards the buffer. */
+enum { AT_ONCE = 16384, IN_A_ROW = 256 }; /* bytes; messages */
+static ik_posix_message *received;
+
+typedef struct {
+    PyObject_HEAD ik_posix_queue queue;
+} queue_object;
+
+static ik_posix_queue *queue_of(PyObject *self) {
+    return &((queue_object *)self)->queue;
+}
+
+static PyObject *leave_to(const char *name, PyObject *self, PyObject *const *args, Py_ssize_t count,
+                          PyObject *names) {
+    PyObject *result = NULL, *method = PyObject_GetAttrString(self, name);
+    PyObject *positional = PyTuple_New(count), *keywords = PyDict_New();
+    bool ready = method && positional && keywords;
+    for (Py_ssize_t i = 0; ready && i < count; i++)
+        ready = PyTuple_SetItem(positional, i, Py_NewRef(args[i])) == 0;
+    for (Py_ssize_t i = 0; ready && names && i < PyTuple_Size(names); i++)
+        ready = PyDict_SetItem(keywords, PyTuple_GetItem(names, i), args[count + i]) == 0;
+    if (ready)
+        result = PyObject_Call(method, positional, keywords);
+    Py_XDECREF(method);
+    Py_XDECREF(positional);
+    Py_XDECREF(keywords);
+    return result;
+}
+
+typedef struct {
+    long priority;
+    double seconds; /* infinite: no timeout */
+} options;
+
+static bool read_seconds(PyObject *value, double *ret_seconds) {
+    if (value == Py_None)
+        return true;
+    if (!PyFloat_CheckExact(value) && !PyLong_CheckExact(value))
+        return false;
+    *ret_seconds = PyFloat_AsDouble(value);
+    PyErr_Clear(); /* a number beyond any double, which is then -1 */
+    return *ret_seconds >= 0;
+}
+
+/* The keywords are only timeout and, sending, priority, with values that need no error message. */
+static bool are_plain(PyObject *const *values, PyObject *names, bool sending,
+                      options *ret_options) {
+    *ret_options = (options){0, INFINITY};
+    for (Py_ssize_t i = 0; names && i < PyTuple_Size(names); i++) {
+        PyObject *name = PyTuple_GetItem(names, i);
+        if (PyUnicode_CompareWithASCIIString(name, "timeout") == 0) {
+            if (!read_seconds(values[i], &ret_options->seconds))
+                return false;
+        } else if (sending && PyUnicode_CompareWithASCIIString(name, "priority") == 0 &&
+                   PyLong_CheckExact(values[i])) {
+            int overflow;
+            ret_options->priority = PyLong_AsLongAndOverflow(values[i], &overflow);
+            if (overflow)
+                return false;
+        } else {
+            return false;
+        }
+    }
+    return true;
+}
+
+static int64_t deadline_of(const options *given) {
+    if (given->seconds == 0)
+        return IK_NOW;
+    return given->seconds < 1e9 ? ik_wait_now() + (int64_t)(given->seconds * 1e9) : IK_FOREVER;
+}
+
+/* As leave_to(), with another first argument. */
+static PyObject *leave_with(const char *name, PyObject *self, PyObject *first,
+                            PyObject *const *values, PyObject *names) {
+    PyObject *args[3] = {first};
+    for (Py_ssize_t i = 0; names && i < PyTuple_Size(names) && i < 2; i++)
+        args[i + 1] = values[i];
+    return leave_to(name, self, args, 1, names);
+}
+
+/* args has room for two more. */
+static PyObject *fail_at_once(const char *name, PyObject *self, PyObject **args, Py_ssize_t count,
+                              const options *given) {
+    PyObject *names =
+        count ? Py_BuildValue("(ss)", "timeout", "priority") : Py_BuildValue("(s)", "timeout");
+    PyObject *zero = PyLong_FromLong(0), *priority = PyLong_FromLong(given->priority);
+    args[count] = zero;
+    args[count + 1] = priority;
+    PyObject *result = names && zero && priority ? leave_to(name, self, args, count, names) : NULL;
+    Py_XDECREF(names);
+    Py_XDECREF(zero);
+    Py_XDECREF(priority);
+    return result;
+}
+
+/* Wait first: it was found full just now. -EINTR: a handler raised. Bytes are never changed, so
+ * nobody needs the GIL for them. */
+static int send_waiting(ik_posix_queue *queue, PyObject *message, long priority,
+                        int64_t deadline_ns) {
+    size_t len = (size_t)PyBytes_Size(message);
+    const char *data = PyBytes_AsString(message);
+    int rc;
+    do {
+        Py_BEGIN_ALLOW_THREADS;
+        rc = deadline_ns == IK_NOW ? 0 : ik_posix_queue_wait(queue, POLLOUT, deadline_ns);
+        if (rc == 0)
+            rc = ik_posix_queue_send(queue, data, len, priority, deadline_ns);
+        Py_END_ALLOW_THREADS;
+    } while (rc == -EINTR && PyErr_CheckSignals() == 0);
+    return rc;
+}
+
+static int send_at_once(ik_posix_queue *queue, PyObject *message, long priority) {
+    size_t len = (size_t)PyBytes_Size(message);
+    return len > AT_ONCE
+               ? -ETIMEDOUT
+               : ik_posix_queue_send(queue, PyBytes_AsString(message), len, priority, IK_NOW);
+}
+
+static PyObject *queue_send(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                            PyObject *names) {
+    options given;
+    if (count != 1 || !PyBytes_CheckExact(args[0]) || !are_plain(args + 1, names, true, &given))
+        return leave_to("_send", self, args, count, names);
+    int rc = send_at_once(queue_of(self), args[0], given.priority);
+    if (rc == -ETIMEDOUT && given.seconds > 0) {
+        rc = send_waiting(queue_of(self), args[0], given.priority, deadline_of(&given));
+        if (rc == -EINTR)
+            return NULL;
+        if (rc == -ETIMEDOUT)
+            return fail_at_once("_send", self, (PyObject *[3]){args[0]}, 1, &given);
+    }
+    return rc < 0 ? leave_to("_send", self, args, count, names) : Py_NewRef(Py_None);
+}
+
+static bool are_bytes(PyObject *messages, size_t largest) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(messages); i++) {
+        PyObject *message = PyTuple_GetItem(messages, i);
+        if (!PyBytes_CheckExact(message) || (size_t)PyBytes_Size(message) > largest)
+            return false;
+    }
+    return true;
+}
+
+/* How many were sent, or what ended it before the first. */
+static Py_ssize_t send_all(ik_posix_queue *queue, PyObject *messages, const options *given) {
+    int64_t deadline_ns = deadline_of(given);
+    Py_ssize_t done;
+    for (done = 0; done < PyTuple_Size(messages); done++) {
+        PyObject *message = PyTuple_GetItem(messages, done);
+        int rc = -ETIMEDOUT;
+        if (done % IN_A_ROW != IN_A_ROW - 1) /* then others may have the GIL for a moment */
+            rc = send_at_once(queue, message, given->priority);
+        if (rc == -ETIMEDOUT)
+            rc = send_waiting(queue, message, given->priority, deadline_ns);
+        if (rc < 0)
+            return done && rc != -EINTR ? done : rc;
+    }
+    return done;
+}
+
+static PyObject *queue_send_many(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                 PyObject *names) {
+    options given;
+    if (count != 1 || !are_plain(args + 1, names, true, &given))
+        return leave_to("_send_many", self, args, count, names);
+    PyObject *result, *messages = PySequence_Tuple(args[0]); /* nobody else changes it */
+    if (!messages)
+        return NULL;
+    PyObject *same[3] = {messages};
+    Py_ssize_t rc = -EMSGSIZE;
+    if (are_bytes(messages, queue_of(self)->max_message))
+        rc = send_all(queue_of(self), messages, &given);
+    if (rc >= 0)
+        result = PyLong_FromSsize_t(rc);
+    else if (rc == -EINTR)
+        result = NULL;
+    else if (rc == -ETIMEDOUT)
+        result = fail_at_once("_send_many", self, same, 1, &given);
+    else
+        result = leave_with("_send_many", self, messages, args + 1, names);
+    Py_DECREF(messages);
+    return result;
+}
+
+static int64_t receive_waiting(ik_posix_queue *queue, ik_posix_message *ret_message,
+                               const options *given) {
+    int64_t len, deadline_ns = deadline_of(given);
+    do {
+        Py_BEGIN_ALLOW_THREADS;
+        len = ik_posix_queue_wait(queue, POLLIN, deadline_ns);
+        if (len == 0)
+            len = ik_posix_queue_receive(queue, ret_message, deadline_ns);
+        Py_END_ALLOW_THREADS;
+    } while (len == -EINTR && PyErr_CheckSignals() == 0);
+    return len;
+}
+
+/* With the GIL dropped, another thread may receive meanwhile: so into memory of this call. */
+static PyObject *recv_waiting(PyObject *self, PyObject *const *values, PyObject *names,
+                              const options *given) {
+    ik_posix_queue *queue = queue_of(self);
+    ik_posix_message *message = PyMem_Malloc(sizeof *message + queue->max_message);
+    if (!message)
+        return PyErr_NoMemory();
+    int64_t len = receive_waiting(queue, message, given);
+    PyObject *data = len >= 0 ? PyBytes_FromStringAndSize(message->data, len) : NULL;
+    PyMem_Free(message);
+    if (len >= 0 || len == -EINTR)
+        return data;
+    return len == -ETIMEDOUT ? fail_at_once("_recv", self, (PyObject *[2]){0}, 0, given)
+                             : leave_to("_recv", self, values, 0, names);
+}
+
+static PyObject *queue_recv(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                            PyObject *names) {
+    options given;
+    if (count != 0 || !are_plain(args, names, false, &given))
+        return leave_to("_recv", self, args, count, names);
+    int64_t len = -ETIMEDOUT;
+    if (queue_of(self)->max_message <= AT_ONCE)
+        len = ik_posix_queue_receive(queue_of(self), received, IK_NOW);
+    if (len >= 0)
+        return PyBytes_FromStringAndSize(received->data, len);
+    if (len == -ETIMEDOUT && given.seconds > 0)
+        return recv_waiting(self, args, names, &given);
+    return leave_to("_recv", self, args, count, names);
+}
+
+/* Add what is ready to the list; NULL, and the list is gone, if there is no memory. */
+static PyObject *receive_ready(ik_posix_queue *queue, PyObject *list, Py_ssize_t most) {
+    while (list && PyList_Size(list) < most) {
+        int64_t len = ik_posix_queue_receive(queue, received, IK_NOW);
+        if (len < 0)
+            break;
+        PyObject *message = PyBytes_FromStringAndSize(received->data, len);
+        if (!message || PyList_Append(list, message) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(message);
+    }
+    return list;
+}
+
+static PyObject *queue_recv_many(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                 PyObject *names) {
+    ik_posix_queue *queue = queue_of(self);
+    options given;
+    Py_ssize_t most = (Py_ssize_t)queue->max_messages;
+    if (count == 1 && PyLong_CheckExact(args[0])) {
+        most = PyLong_AsSsize_t(args[0]);
+        PyErr_Clear(); /* beyond any size, which is then -1 */
+    }
+    if (count > 1 || most < 1 || queue->max_message > AT_ONCE ||
+        (count == 1 && args[0] != Py_None && !PyLong_CheckExact(args[0])) ||
+        !are_plain(args + count, names, false, &given))
+        return leave_to("_recv_many", self, args, count, names);
+    most = most < IN_A_ROW ? most : IN_A_ROW;
+    PyObject *list = receive_ready(queue, PyList_New(0), most);
+    if (!list || PyList_Size(list))
+        return list;
+    PyObject *first = recv_waiting(self, args + count, names, &given);
+    if (!first || PyList_Append(list, first) < 0)
+        Py_CLEAR(list);
+    Py_XDECREF(first);
+    return receive_ready(queue, list, most);
+}
+
+static PyObject *queue_address(PyObject *self, PyObject *none) {
+    (void)none;
+    return PyLong_FromVoidPtr(queue_of(self));
+}
+
+static PyObject *queue_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
+    (void)args, (void)keywords;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    PyObject *self = allocate(type, 0);
+    if (self)
+        *queue_of(self) = (ik_posix_queue){.fd = -1, .wake = -1, .state = IK_POSIX_CLOSED};
+    return self;
+}
+
+PyDoc_STRVAR(
+    send_doc,
+    "send($self, data, *, priority=0, timeout=None)\n--\n\n"
+    "Send one message; block while the queue is full.\n\n"
+    "Args: data: bytes-like, C-contiguous, at most max_message bytes. priority: 0 to 32767,\n"
+    "    the highest is received first. timeout: seconds.\n"
+    "Raises: OSError EMSGSIZE for a larger message, before anything is sent; TimeoutError\n"
+    "    (ETIMEDOUT); ValueError for another priority; OSError EBADF if the queue was opened\n"
+    "    readonly; Closed, also when another thread closes meanwhile.\n"
+    "Fork: usable on both sides. Threads and tasks: any number. See mq_send(3).\n");
+
+PyDoc_STRVAR(recv_doc,
+             "recv($self, *, timeout=None)\n--\n\n"
+             "Receive the oldest message of the highest priority; block until there is one.\n\n"
+             "Args: timeout: seconds.\n"
+             "Returns: bytes.\n"
+             "Raises: TimeoutError (ETIMEDOUT); OSError EBADF if the queue was opened writeonly;\n"
+             "    Closed, also when another thread closes meanwhile.\n"
+             "Fork: usable on both sides. Threads and tasks: any number. See mq_receive(3).\n");
+
+PyDoc_STRVAR(
+    send_many_doc,
+    "send_many($self, messages, *, priority=0, timeout=None)\n--\n\n"
+    "Send each of *messages* at one priority; block while the queue is full.\n\n"
+    "Args: messages: any iterable; a list of bytes is fastest. timeout: seconds for all.\n"
+    "Returns: how many were sent: all, or fewer when an error or the timeout came after the\n"
+    "    first.\n"
+    "Raises: as send(), if none was sent; EMSGSIZE before any is, if one of them is too large.\n");
+
+PyDoc_STRVAR(
+    recv_many_doc,
+    "recv_many($self, max=None, *, timeout=None)\n--\n\n"
+    "Receive the messages that are ready, at least one; block until there is one.\n\n"
+    "Args: max: the most to return; None for as many as the queue can hold. However many there\n"
+    "    are, no more than 256 come at once. timeout: seconds.\n"
+    "Returns: a list of bytes.\n"
+    "Raises: as recv(), if there was no message before the error.\n");
+
+static PyMethodDef queue_methods[] = {
+    {"send", (PyCFunction)(void (*)(void))queue_send, METH_FASTCALL | METH_KEYWORDS, send_doc},
+    {"recv", (PyCFunction)(void (*)(void))queue_recv, METH_FASTCALL | METH_KEYWORDS, recv_doc},
+    {"send_many", (PyCFunction)(void (*)(void))queue_send_many, METH_FASTCALL | METH_KEYWORDS,
+     send_many_doc},
+    {"recv_many", (PyCFunction)(void (*)(void))queue_recv_many, METH_FASTCALL | METH_KEYWORDS,
+     recv_many_doc},
+    {"_address", queue_address, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyType_Slot queue_slots[] = {
+    {Py_tp_new, queue_new},
+    {Py_tp_methods, queue_methods},
+    {0},
+};
+
+static PyType_Spec queue_spec = {
+    .name = "ipckit._hot.PosixQueue",
+    .basicsize = sizeof(queue_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = queue_slots,
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "ipckit._hot", .m_size = -1};
+
+PyMODINIT_FUNC PyInit__hot(void) {
+    PyObject *hot = PyModule_Create(&module);
+    PyObject *queue = hot ? PyType_FromSpec(&queue_spec) : NULL;
+    received = PyMem_Malloc(sizeof *received + AT_ONCE);
+    if (!received || !queue || PyModule_AddObjectRef(hot, "PosixQueue", queue) < 0)
+        Py_CLEAR(hot);
+    Py_XDECREF(queue);
+    return hot;
+}
