@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from ipckit import limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.sysv.keys import PRIVATE, Key, key_of, shown
+from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
 from ipckit.vectored import Buffer
 from ipckit.wait import FOREVER, NOW, READ, deadline, ready
 
@@ -67,15 +67,15 @@ class QueueStat:
 
 
 def _get(key: int, create: bool, exclusive: bool, mode: int) -> tuple[int, bool]:
-    """The id of the queue, and was it made here? -errno if there is none."""
-    while create:
-        rc = lib.ik_sysv_queue_get(key, True, True, mode)
-        if rc != -errno.EEXIST or exclusive:
-            return rc, rc >= 0
-        rc = lib.ik_sysv_queue_get(key, False, False, 0)
-        if rc != -errno.ENOENT:  # else it went in between
-            return rc, False
-    return lib.ik_sysv_queue_get(key, False, False, 0), False
+    """The id of the queue, or -errno, and was it made here?"""
+
+    def find() -> int:
+        return lib.ik_sysv_queue_get(key, False, False, 0)  # type: ignore[no-any-return]
+
+    def make() -> int:
+        return lib.ik_sysv_queue_get(key, True, True, mode)  # type: ignore[no-any-return]
+
+    return find_or_create(find, make if create else None, exclusive)
 
 
 def _refuse(rc: int, key: int) -> NoReturn:
@@ -94,12 +94,6 @@ def _check_max_bytes(max_bytes: int) -> int:
     if not 1 <= max_bytes <= _INT_MAX:
         raise ValueError(f"max_bytes must be a number of bytes from 1 to {_INT_MAX}, not {max_bytes}")
     return max_bytes
-
-
-def _check_mode(mode: int) -> int:
-    if not 0 <= mode <= 0o777:
-        raise ValueError(f"mode must be permissions from 0 to 0o777, not {mode:#o}")
-    return mode
 
 
 def _check_all_but(all_but: bool, type: int) -> None:
@@ -145,13 +139,13 @@ class MessageQueue:
             kernel.msgmnb without CAP_SYS_RESOURCE; ValueError for a bad number. Whether one may read or
             write the queue shows with the first receive or send (EACCES). See msgget(2).
         """
-        makes = create or key is None
-        number = key_of(key, makes)
-        if (exclusive or max_bytes is not None) and not makes:
-            raise ValueError("exclusive and max_bytes are for a queue that is made here: create=True")
+        number = key_of(key)
+        makes = create or number == PRIVATE
+        check_creation(makes, exclusive, mode)
+        if max_bytes is not None and not makes:
+            raise ValueError("max_bytes is for a queue that is made here: it needs create=True")
         if max_bytes is not None:
             _check_max_bytes(max_bytes)
-        _check_mode(mode)
         with registry.entering():
             ident, created = _get(number, makes, exclusive, mode)
             if ident < 0:
@@ -615,12 +609,13 @@ class MessageQueue:
         Raises: PermissionError (EPERM) for who is neither owner, creator nor root, and for max_bytes over
             kernel.msgmnb without CAP_SYS_RESOURCE; ValueError for a bad number. See IPC_SET in msgctl(2).
         """
+        check_creation(True, False, mode or 0)
         for name, value in (("uid", uid), ("gid", gid)):
             if value is not None and not 0 <= value < _INT_MAX:
                 raise ValueError(f"{name} must be a number from 0 to {_INT_MAX - 1}, not {value}")
         self._change(
             -1 if max_bytes is None else _check_max_bytes(max_bytes),
-            -1 if mode is None else _check_mode(mode),
+            -1 if mode is None else mode,
             -1 if uid is None else uid,
             -1 if gid is None else gid,
         )
