@@ -3,10 +3,10 @@
  * hot.c - ipckit._hot: the calls of which a Python function around them would be a quarter of the
  * time. The only file with Python.h.
  *
- * A class here is the base of the Python class of the same room. Its methods do what succeeds, at
- * once or after a wait; anything else (errors, other buffers than bytes) they leave to the Python
- * method of the same name with an underscore in front, which gets the same arguments; when the time
- * is over, with a timeout of 0.
+ * A class here is the base of the Python class of the same room. Its methods do what succeeds at
+ * once, those of POSIX queues also what succeeds after a wait; anything else (errors, other buffers
+ * than bytes) they leave to the Python method of the same name with an underscore in front, which
+ * gets the same arguments; when the time is over, with a timeout of 0.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
@@ -15,21 +15,16 @@
 #include <math.h>
 #include <poll.h>
 #include <stdbool.h>
+#include <string.h>
+#include <sys/msg.h>
 
 #include "posix.h"
 #include "wait.h"
 
 /* So little that the GIL isn't worth dropping for it, which also guards the buffer. */
 enum { AT_ONCE = 16384, IN_A_ROW = 256 }; /* bytes; messages */
-static ik_posix_message *received;
 
-typedef struct {
-    PyObject_HEAD ik_posix_queue queue;
-} queue_object;
-
-static ik_posix_queue *queue_of(PyObject *self) {
-    return &((queue_object *)self)->queue;
-}
+/* --- arguments ------------------------------------------------------------------------------- */
 
 static PyObject *leave_to(const char *name, PyObject *self, PyObject *const *args, Py_ssize_t count,
                           PyObject *names) {
@@ -49,7 +44,7 @@ static PyObject *leave_to(const char *name, PyObject *self, PyObject *const *arg
 }
 
 typedef struct {
-    long priority;
+    long number;    /* the priority or type */
     double seconds; /* infinite: no timeout */
 } options;
 
@@ -63,19 +58,20 @@ static bool read_seconds(PyObject *value, double *ret_seconds) {
     return *ret_seconds >= 0;
 }
 
-/* The keywords are only timeout and, sending, priority, with values that need no error message. */
-static bool are_plain(PyObject *const *values, PyObject *names, bool sending,
-                      options *ret_options) {
-    *ret_options = (options){0, INFINITY};
+/* The keywords are only timeout and the one of the number, with values that need no error message.
+ */
+static bool are_plain(PyObject *const *values, PyObject *names, const char *number_name,
+                      long number, options *ret_options) {
+    *ret_options = (options){number, INFINITY};
     for (Py_ssize_t i = 0; names && i < PyTuple_Size(names); i++) {
         PyObject *name = PyTuple_GetItem(names, i);
         if (PyUnicode_CompareWithASCIIString(name, "timeout") == 0) {
             if (!read_seconds(values[i], &ret_options->seconds))
                 return false;
-        } else if (sending && PyUnicode_CompareWithASCIIString(name, "priority") == 0 &&
+        } else if (number_name && PyUnicode_CompareWithASCIIString(name, number_name) == 0 &&
                    PyLong_CheckExact(values[i])) {
             int overflow;
-            ret_options->priority = PyLong_AsLongAndOverflow(values[i], &overflow);
+            ret_options->number = PyLong_AsLongAndOverflow(values[i], &overflow);
             if (overflow)
                 return false;
         } else {
@@ -100,12 +96,24 @@ static PyObject *leave_with(const char *name, PyObject *self, PyObject *first,
     return leave_to(name, self, args, 1, names);
 }
 
+/* --- POSIX queues ---------------------------------------------------------------------------- */
+
+static ik_posix_message *received;
+
+typedef struct {
+    PyObject_HEAD ik_posix_queue queue;
+} queue_object;
+
+static ik_posix_queue *queue_of(PyObject *self) {
+    return &((queue_object *)self)->queue;
+}
+
 /* args has room for two more. */
 static PyObject *fail_at_once(const char *name, PyObject *self, PyObject **args, Py_ssize_t count,
                               const options *given) {
     PyObject *names =
         count ? Py_BuildValue("(ss)", "timeout", "priority") : Py_BuildValue("(s)", "timeout");
-    PyObject *zero = PyLong_FromLong(0), *priority = PyLong_FromLong(given->priority);
+    PyObject *zero = PyLong_FromLong(0), *priority = PyLong_FromLong(given->number);
     args[count] = zero;
     args[count + 1] = priority;
     PyObject *result = names && zero && priority ? leave_to(name, self, args, count, names) : NULL;
@@ -142,11 +150,12 @@ static int send_at_once(ik_posix_queue *queue, PyObject *message, long priority)
 static PyObject *queue_send(PyObject *self, PyObject *const *args, Py_ssize_t count,
                             PyObject *names) {
     options given;
-    if (count != 1 || !PyBytes_CheckExact(args[0]) || !are_plain(args + 1, names, true, &given))
+    if (count != 1 || !PyBytes_CheckExact(args[0]) ||
+        !are_plain(args + 1, names, "priority", 0, &given))
         return leave_to("_send", self, args, count, names);
-    int rc = send_at_once(queue_of(self), args[0], given.priority);
+    int rc = send_at_once(queue_of(self), args[0], given.number);
     if (rc == -ETIMEDOUT && given.seconds > 0) {
-        rc = send_waiting(queue_of(self), args[0], given.priority, deadline_of(&given));
+        rc = send_waiting(queue_of(self), args[0], given.number, deadline_of(&given));
         if (rc == -EINTR)
             return NULL;
         if (rc == -ETIMEDOUT)
@@ -172,9 +181,9 @@ static Py_ssize_t send_all(ik_posix_queue *queue, PyObject *messages, const opti
         PyObject *message = PyTuple_GetItem(messages, done);
         int rc = -ETIMEDOUT;
         if (done % IN_A_ROW != IN_A_ROW - 1) /* then others may have the GIL for a moment */
-            rc = send_at_once(queue, message, given->priority);
+            rc = send_at_once(queue, message, given->number);
         if (rc == -ETIMEDOUT)
-            rc = send_waiting(queue, message, given->priority, deadline_ns);
+            rc = send_waiting(queue, message, given->number, deadline_ns);
         if (rc < 0)
             return done && rc != -EINTR ? done : rc;
     }
@@ -184,7 +193,7 @@ static Py_ssize_t send_all(ik_posix_queue *queue, PyObject *messages, const opti
 static PyObject *queue_send_many(PyObject *self, PyObject *const *args, Py_ssize_t count,
                                  PyObject *names) {
     options given;
-    if (count != 1 || !are_plain(args + 1, names, true, &given))
+    if (count != 1 || !are_plain(args + 1, names, "priority", 0, &given))
         return leave_to("_send_many", self, args, count, names);
     PyObject *result, *messages = PySequence_Tuple(args[0]); /* nobody else changes it */
     if (!messages)
@@ -237,7 +246,7 @@ static PyObject *recv_waiting(PyObject *self, PyObject *const *values, PyObject 
 static PyObject *queue_recv(PyObject *self, PyObject *const *args, Py_ssize_t count,
                             PyObject *names) {
     options given;
-    if (count != 0 || !are_plain(args, names, false, &given))
+    if (count != 0 || !are_plain(args, names, NULL, 0, &given))
         return leave_to("_recv", self, args, count, names);
     int64_t len = -ETIMEDOUT;
     if (queue_of(self)->max_message <= AT_ONCE)
@@ -274,7 +283,7 @@ static PyObject *queue_recv_many(PyObject *self, PyObject *const *args, Py_ssize
     }
     if (count > 1 || most < 1 || queue->max_message > AT_ONCE ||
         (count == 1 && args[0] != Py_None && !PyLong_CheckExact(args[0])) ||
-        !are_plain(args + count, names, false, &given))
+        !are_plain(args + count, names, NULL, 0, &given))
         return leave_to("_recv_many", self, args, count, names);
     most = most < IN_A_ROW ? most : IN_A_ROW;
     PyObject *list = receive_ready(queue, PyList_New(0), most);
@@ -363,14 +372,171 @@ static PyType_Spec queue_spec = {
     .slots = queue_slots,
 };
 
+/* --- System V queues ------------------------------------------------------------------------- */
+
+/* The msgbuf of whoever has the GIL. */
+static struct {
+    long type;
+    char text[AT_ONCE];
+} one;
+
+typedef struct {
+    PyObject_HEAD int id; /* -1: everything is left to Python */
+} sysv_object;
+
+static int id_of(PyObject *self) {
+    return ((sysv_object *)self)->id;
+}
+
+static bool sysv_send_now(PyObject *self, PyObject *message, long type) {
+    size_t len = (size_t)PyBytes_Size(message);
+    if (len > AT_ONCE || id_of(self) < 0)
+        return false;
+    one.type = type;
+    memcpy(one.text, PyBytes_AsString(message), len);
+    return msgsnd(id_of(self), &one, len, IPC_NOWAIT) == 0;
+}
+
+/* NULL without an exception: there is none now. */
+static PyObject *sysv_recv_now(PyObject *self, long type, int flags) {
+    ssize_t len =
+        id_of(self) < 0 ? -1 : msgrcv(id_of(self), &one, AT_ONCE, type, IPC_NOWAIT | flags);
+    return len < 0 ? NULL : PyBytes_FromStringAndSize(one.text, len);
+}
+
+static PyObject *sysv_send(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                           PyObject *names) {
+    options given;
+    if (count == 1 && PyBytes_CheckExact(args[0]) &&
+        are_plain(args + 1, names, "type", 1, &given) && sysv_send_now(self, args[0], given.number))
+        return Py_NewRef(Py_None);
+    return leave_to("_send", self, args, count, names);
+}
+
+static PyObject *sysv_recv(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                           PyObject *names) {
+    options given;
+    if (count == 0 && are_plain(args, names, "type", 0, &given)) {
+        PyObject *message = sysv_recv_now(self, given.number, 0);
+        if (message || PyErr_Occurred())
+            return message;
+    }
+    return leave_to("_recv", self, args, count, names);
+}
+
+/* (messages, first, type): how many of the tuple of bytes went, from the first on. */
+static PyObject *sysv_send_some(PyObject *self, PyObject *args) {
+    PyObject *messages;
+    Py_ssize_t first;
+    long type;
+    if (!PyArg_ParseTuple(args, "O!nl", &PyTuple_Type, &messages, &first, &type))
+        return NULL;
+    Py_ssize_t end = PyTuple_Size(messages), i = first;
+    if (end > first + IN_A_ROW)
+        end = first + IN_A_ROW;
+    while (i < end && sysv_send_now(self, PyTuple_GetItem(messages, i), type))
+        i++;
+    return PyLong_FromSsize_t(i - first);
+}
+
+/* (most, type, all_but): a list of those that are there; None if only Python can tell. */
+static PyObject *sysv_recv_some(PyObject *self, PyObject *args) {
+    Py_ssize_t most;
+    long type;
+    int all_but;
+    if (!PyArg_ParseTuple(args, "nlp", &most, &type, &all_but))
+        return NULL;
+    PyObject *message, *list = PyList_New(0);
+    for (Py_ssize_t i = 0; list && i < most && i < IN_A_ROW; i++) {
+        if (!(message = sysv_recv_now(self, type, all_but ? MSG_EXCEPT : 0)))
+            break;
+        if (PyList_Append(list, message) < 0)
+            Py_CLEAR(list);
+        Py_DECREF(message);
+    }
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    if (!list || PyList_Size(list) || (id_of(self) >= 0 && errno == ENOMSG))
+        return list;
+    Py_DECREF(list);
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *sysv_at_once(PyObject *self, PyObject *id) {
+    ((sysv_object *)self)->id = (int)PyLong_AsLong(id);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *sysv_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
+    (void)args, (void)keywords;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    PyObject *self = allocate(type, 0);
+    if (self)
+        ((sysv_object *)self)->id = -1;
+    return self;
+}
+
+PyDoc_STRVAR(
+    sysv_send_doc,
+    "send($self, data, *, type=1, timeout=None)\n--\n\n"
+    "Send one message; block while the queue is full.\n\n"
+    "Args: data: bytes-like. type: 1 or more. timeout: seconds.\n"
+    "Raises: TimeoutError (ETIMEDOUT), and then it was not sent; OSError EMSGSIZE for one over\n"
+    "    kernel.msgmax, or over what the queue may ever hold; EIDRM if the queue was removed;\n"
+    "    PermissionError (EACCES); ValueError for a bad type; Closed.\n"
+    "Fork: usable on both sides. Threads: any number. See msgsnd(2).\n");
+
+PyDoc_STRVAR(
+    sysv_recv_doc,
+    "recv($self, *, type=0, all_but=False, timeout=None)\n--\n\n"
+    "Receive one message; block until there is one.\n\n"
+    "Args: type: 0: the oldest; above 0: the oldest of that type; below 0: of the lowest type\n"
+    "    that is at most -type the oldest. all_but: any type but that one (MSG_EXCEPT, Linux\n"
+    "    only). timeout: seconds.\n"
+    "Raises: TimeoutError (ETIMEDOUT); OSError EIDRM if the queue was removed; PermissionError\n"
+    "    (EACCES); ValueError for all_but without a type; Closed.\n"
+    "Fork: usable on both sides. Threads: any number. See msgrcv(2).\n");
+
+static PyMethodDef sysv_methods[] = {
+    {"send", (PyCFunction)(void (*)(void))sysv_send, METH_FASTCALL | METH_KEYWORDS, sysv_send_doc},
+    {"recv", (PyCFunction)(void (*)(void))sysv_recv, METH_FASTCALL | METH_KEYWORDS, sysv_recv_doc},
+    {"_send_some", sysv_send_some, METH_VARARGS, NULL},
+    {"_recv_some", sysv_recv_some, METH_VARARGS, NULL},
+    {"_at_once", sysv_at_once, METH_O, NULL},
+    {0},
+};
+
+static PyType_Slot sysv_slots[] = {
+    {Py_tp_new, sysv_new},
+    {Py_tp_methods, sysv_methods},
+    {0},
+};
+
+static PyType_Spec sysv_spec = {
+    .name = "ipckit._hot.SysvQueue",
+    .basicsize = sizeof(sysv_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = sysv_slots,
+};
+
+/* --- the module ------------------------------------------------------------------------------ */
+
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "ipckit._hot", .m_size = -1};
+
+static bool add_class(PyObject *hot, const char *name, PyType_Spec *spec) {
+    PyObject *class = PyType_FromSpec(spec);
+    bool added = class && PyModule_AddObjectRef(hot, name, class) == 0;
+    Py_XDECREF(class);
+    return added;
+}
 
 PyMODINIT_FUNC PyInit__hot(void) {
     PyObject *hot = PyModule_Create(&module);
-    PyObject *queue = hot ? PyType_FromSpec(&queue_spec) : NULL;
     received = PyMem_Malloc(sizeof *received + AT_ONCE);
-    if (!received || !queue || PyModule_AddObjectRef(hot, "PosixQueue", queue) < 0)
+    if (hot && !received)
+        PyErr_NoMemory();
+    if (!hot || !received || !add_class(hot, "PosixQueue", &queue_spec) ||
+        !add_class(hot, "SysvQueue", &sysv_spec))
         Py_CLEAR(hot);
-    Py_XDECREF(queue);
     return hot;
 }

@@ -745,26 +745,6 @@ int ik_sysv_queue_send(ik_sysv_queue *queue, const char *data, size_t size, int6
     return (int)told(queue, rc);
 }
 
-static uint32_t length_of(const char *lengths, uint32_t i) {
-    uint32_t length;
-    memcpy(&length, lengths + i * sizeof length, sizeof length);
-    return length;
-}
-
-int ik_sysv_queue_send_many(ik_sysv_queue *queue, const char *data, const char *lengths,
-                            uint32_t first, uint32_t count, int64_t type, int64_t deadline_ns) {
-    for (uint32_t i = 0; i < first; i++)
-        data += length_of(lengths, i);
-    for (uint32_t i = first; i < count; i++) {
-        uint32_t length = length_of(lengths, i);
-        int rc = ik_sysv_queue_send(queue, data, length, type, deadline_ns);
-        if (rc < 0)
-            return i > first ? (int)(i - first) : rc;
-        data += length;
-    }
-    return (int)(count - first);
-}
-
 /* --- receiving ------------------------------------------------------------------------------- */
 
 static call receive_into(ik_sysv_message *m, int64_t type, int all_but) {
@@ -776,46 +756,6 @@ int64_t ik_sysv_queue_recv(ik_sysv_message *message, int64_t type, int all_but,
     ik_sysv_queue *q = message->queue;
     call c = receive_into(message, type, all_but);
     return told(q, received(q, do_call(q, &c, deadline_ns)));
-}
-
-int64_t ik_sysv_queue_recv_any(ik_sysv_message *message) {
-    return ik_sysv_queue_recv(message, 0, 0, IK_FOREVER);
-}
-
-enum { LONGEST = 100 * 365 * 86400U }; /* seconds: more is for ever */
-
-int64_t ik_sysv_queue_recv_within(ik_sysv_message *message, double seconds) {
-    ik_sysv_queue *q = message->queue;
-    call c = receive_into(message, 0, 0);
-    int64_t rc = try_call(q, &c);
-    if (rc == -EAGAIN) { /* only now does the time limit cost anything */
-        message->deadline_ns = seconds == 0        ? IK_NOW
-                               : seconds > LONGEST ? IK_FOREVER
-                                                   : ik_wait_now() + (int64_t)(seconds * 1e9);
-        rc = go_on(q, &c, message->deadline_ns);
-    }
-    return told(q, received(q, rc));
-}
-
-int ik_sysv_queue_recv_many(ik_sysv_batch *b, uint32_t count, int64_t type, int all_but,
-                            int64_t deadline_ns) {
-    call c = {.all_but = all_but, .size = b->room, .type = type};
-    uint32_t got = 0, *mark = b->marks;
-    size_t at = 0;
-    int64_t rc = 0;
-    while (got < count && at + sizeof(long) + b->room <= b->size) {
-        c.buffer = b->memory + at;
-        rc = got == 0 ? do_call(b->queue, &c, deadline_ns) : try_call(b->queue, &c);
-        if (rc < 0)
-            break;
-        *mark++ = (uint32_t)(at + sizeof(long));
-        *mark++ = (uint32_t)(at + sizeof(long) + (size_t)rc);
-        got++;
-        at += (2 * sizeof(long) - 1 + (size_t)rc) & ~(sizeof(long) - 1);
-    }
-    *mark = got < count && rc >= 0;
-    received(b->queue, 0);
-    return got ? (int)got : (int)told(b->queue, rc);
 }
 
 int64_t ik_sysv_queue_peek(ik_sysv_message *message, int64_t index) {

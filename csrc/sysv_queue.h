@@ -21,21 +21,10 @@ typedef struct ik_sysv_helper ik_sysv_helper;
 /* What a receive fills. From type on it is the msgbuf of msgop(2). */
 typedef struct ik_sysv_message {
     ik_sysv_queue *queue; /* the handle that it belongs to */
-    int64_t deadline_ns;  /* of the last recv_within() that had to wait */
     size_t room;          /* bytes that text has */
     long type;
     char text[];
 } ik_sysv_message;
-
-/* What a receive of many fills. */
-typedef struct ik_sysv_batch {
-    ik_sysv_queue *queue;
-    char *memory; /* the texts */
-    size_t size;  /* bytes of memory */
-    size_t room;  /* the most that a message may have */
-    /* Begin and end of each text; after the last 1 if there may be more, but no room, else 0. */
-    uint32_t *marks;
-} ik_sysv_batch;
 
 /* msqid_ds in numbers. */
 typedef struct ik_sysv_queue_info {
@@ -63,21 +52,9 @@ void ik_sysv_queue_close(ik_sysv_queue *queue);
  * (no real-time signal is free to wait with), or what else msgsnd gives. */
 int ik_sysv_queue_send(ik_sysv_queue *queue, const char *data, size_t size, int64_t type,
                        int64_t deadline_ns);
-/* The size of the message. all_but: any type but that one. Errors as above; -E2BIG: it stays.
- * The oldest of any type, for ever or for seconds >= 0: few arguments, as each costs the caller. */
+/* The size of the message. all_but: any type but that one. Errors as above; -E2BIG: it stays. */
 int64_t ik_sysv_queue_recv(ik_sysv_message *message, int64_t type, int all_but,
                            int64_t deadline_ns);
-int64_t ik_sysv_queue_recv_any(ik_sysv_message *message);
-int64_t ik_sysv_queue_recv_within(ik_sysv_message *message, double seconds);
-
-/* Send those from first on of count messages, which lie in data one after the other: how many went,
- * at least one. Fewer than all: the next call tells why. lengths: uint32_t of each. Errors as
- * above. */
-int ik_sysv_queue_send_many(ik_sysv_queue *queue, const char *data, const char *lengths,
-                            uint32_t first, uint32_t count, int64_t type, int64_t deadline_ns);
-/* Receive all that are there, at least one, at most count: how many. Errors as above. */
-int ik_sysv_queue_recv_many(ik_sysv_batch *batch, uint32_t count, int64_t type, int all_but,
-                            int64_t deadline_ns);
 
 /* Copy the message at that place in the queue, which stays: its size, or -ENOMSG, -ENOSYS, ... */
 int64_t ik_sysv_queue_peek(ik_sysv_message *message, int64_t index);

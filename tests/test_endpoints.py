@@ -12,7 +12,7 @@ import pytest
 from conftest import eventually
 
 import ipckit
-from ipckit import posix
+from ipckit import posix, sysv
 from ipckit.endpoints import Receiver, Sender
 
 
@@ -32,12 +32,22 @@ def a_posix_queue():
     return queue, again, lambda: remove(posix.MessageQueue(queue.name))
 
 
+def a_system_v_queue():
+    queue = sysv.MessageQueue()
+    return queue, sysv.MessageQueue.from_id(queue.id), lambda: remove(sysv.MessageQueue.from_id(queue.id))
+
+
 def remove(queue):
     with queue:
-        queue.unlink()
+        queue.unlink() if isinstance(queue, posix.MessageQueue) else queue.remove()
 
 
-ENDPOINTS = {"pipe": a_pipe, "duplex": a_duplex, "POSIX queue": a_posix_queue}
+ENDPOINTS = {
+    "pipe": a_pipe,
+    "duplex": a_duplex,
+    "POSIX queue": a_posix_queue,
+    "System V queue": a_system_v_queue,
+}
 
 
 @pytest.fixture(params=ENDPOINTS.values(), ids=ENDPOINTS.keys())
@@ -265,7 +275,7 @@ def test_asend_waits_for_room_without_blocking_the_loop(ends):
 
     async def both():
         count = fill(sender)
-        sending = asyncio.create_task(sender.asend(b"the last", timeout=20))
+        sending = asyncio.create_task(sender.asend(b"L" * 1000, timeout=20))
         done, _ = await asyncio.wait([sending], timeout=0.05)
         assert not done
         for _ in range(count):
@@ -273,7 +283,7 @@ def test_asend_waits_for_room_without_blocking_the_loop(ends):
         await sending
         return await receiver.arecv(timeout=20)
 
-    assert asyncio.run(both()) == b"the last"
+    assert asyncio.run(both()) == b"L" * 1000
 
 
 def test_a_cancelled_asend_sent_nothing(ends):
@@ -281,7 +291,7 @@ def test_a_cancelled_asend_sent_nothing(ends):
 
     async def cancel():
         count = fill(sender)
-        sending = asyncio.create_task(sender.asend(b"never"))
+        sending = asyncio.create_task(sender.asend(bytes(1000)))
         await asyncio.wait([sending], timeout=0.05)
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -8,7 +8,6 @@ asyncio stand on a thread that waits without taking anything out. Nothing polls.
 """
 
 import errno
-from array import array
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,24 +15,21 @@ from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
-from ipckit import limits, registry
+from ipckit import _hot, limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
 from ipckit.vectored import Buffer
-from ipckit.wait import FOREVER, NOW, READ, deadline, ready
+from ipckit.wait import NOW, READ, deadline, ready
 
 __all__ = ["Message", "MessageQueue", "QueueStat"]
 
 _KIND = "sysv-queue"
 _send = lib.ik_sysv_queue_send
 _recv = lib.ik_sysv_queue_recv
-_recv_any = lib.ik_sysv_queue_recv_any
-_recv_within = lib.ik_sysv_queue_recv_within
-_recv_many = lib.ik_sysv_queue_recv_many
 _class = type  # the name means the type of a message below
-_BATCH = 64 * 1024  # bytes that one call of recv_many() takes
-_MOST = 1024  # messages, likewise
+_MOST = 256  # messages that come at once
+_LONG_MAX = (1 << 63) - 1
 _INT_MAX = (1 << 31) - 1
 
 _Block = tuple[Any, Any]  # an ik_sysv_message and a buffer of its text
@@ -96,9 +92,11 @@ def _check_max_bytes(max_bytes: int) -> int:
     return max_bytes
 
 
-def _check_all_but(all_but: bool, type: int) -> None:
+def _check_wanted(type: int, all_but: bool) -> None:
     if all_but and type < 1:
         raise ValueError(f"all_but=True needs a type >= 1 to leave out, not {type}")
+    if not -_LONG_MAX <= type <= _LONG_MAX:
+        raise ValueError(f"the type of a message must fit 64 bits, not {type}")
 
 
 def _wanted(type: int, all_but: bool, found: int) -> bool:
@@ -107,7 +105,7 @@ def _wanted(type: int, all_but: bool, found: int) -> bool:
     return type == 0 or (found == type) != all_but
 
 
-class MessageQueue:
+class MessageQueue(_hot.SysvQueue):
     """A handle of one System V message queue. Any number of processes and threads may use a queue.
 
     Iterating, ``for`` or ``async for``, gives message after message until the queue is removed.
@@ -115,9 +113,12 @@ class MessageQueue:
 
     Fork: usable on both sides. Pickles by id. Threads: any number, of one handle too; ``close()`` ends
     what other threads wait for.
+
+    send() and recv() themselves are in C, as long as they need not wait; see ``csrc/hot.c``.
     """
 
     _watch: Any = None
+    _watched = False
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class MessageQueue:
         self._queue = ffi.gc(queue, lib.ik_sysv_queue_free)
         self._room: int = limits.value("kernel.msgmax") or 8192
         self._blocks: list[_Block] = []  # those that no receive uses now
-        self._batches: list[tuple[Any, ...]] = []
+        self._at_once(ident)
 
     def _enter_made(self, max_bytes: int | None) -> None:
         """Finish and record what was made; what can't be is removed again."""
@@ -202,50 +203,40 @@ class MessageQueue:
 
     # --- sending
 
-    def send(self, data: Buffer, *, type: int = 1, timeout: float | None = None) -> None:
-        """Send one message; block while the queue is full.
+    def _send(self, data: Buffer, *, type: int = 1, timeout: float | None = None) -> None:
+        """What send() in C leaves: waiting, errors, other buffers than bytes."""
+        deadline_ns = deadline(timeout)
+        self._send_until(bytes(memoryview(data)), type, deadline_ns)
 
-        Args: data: bytes-like. type: 1 or more. timeout: seconds.
-        Raises: TimeoutError (ETIMEDOUT), and then it was not sent; OSError EMSGSIZE for one over
-            kernel.msgmax, or over what the queue may ever hold; EIDRM if the queue was removed
-            meanwhile, EINVAL if before; PermissionError (EACCES); ValueError for a bad type; Closed.
-        Fork: usable on both sides. Threads: any number. See msgsnd(2).
-        """
-        deadline_ns = FOREVER if timeout is None else deadline(timeout)
-        if not isinstance(data, bytes):
-            data = memoryview(data).tobytes()
-        if rc := _send(self._queue, data, len(data), type, deadline_ns):
-            self._send_on(rc, data, type, deadline_ns)
-
-    def _send_on(self, rc: int, data: bytes, type: int, deadline_ns: int) -> None:
-        """After a send that did not: again, or raise."""
-        while rc == -errno.EINTR:
-            rc = _send(self._queue, data, len(data), type, deadline_ns)
-        if rc < 0:
-            self._not_sent(rc, len(data), type)
+    def _send_until(self, data: bytes, type: int, deadline_ns: int) -> None:
+        if not 1 <= type <= _LONG_MAX:
+            raise ValueError(f"the type of a message must be >= 1 and fit 64 bits, not {type}")
+        while rc := _send(self._queue, data, len(data), type, deadline_ns):
+            if rc != -errno.EINTR:
+                self._not_sent(rc, len(data))
 
     def send_many(self, messages: Iterable[Buffer], *, type: int = 1, timeout: float | None = None) -> int:
-        """Send each of *messages* by one call into C; block while the queue is full.
+        """Send each of *messages*, with few calls into C; block while the queue is full.
 
         Returns: how many were sent: all, or fewer when an error or the timeout came after the first.
         Raises: as send(), if none was sent; EMSGSIZE for one over kernel.msgmax before any is.
         """
         deadline_ns = deadline(timeout)
-        blocks: list[Any] = [*messages]
+        blocks: tuple[Any, ...] = tuple(messages)
         if not {*map(_class, blocks)} <= {bytes}:
-            blocks = [memoryview(data).tobytes() for data in blocks]
-        sizes = array("I", map(len, blocks))
-        if sizes and max(sizes) > self._room:
-            self._check_size(max(sizes))
-        data, lengths, done, count = b"".join(blocks), sizes.tobytes(), 0, len(sizes)
+            blocks = tuple(bytes(memoryview(data)) for data in blocks)
+        self._check_size(max(map(len, blocks), default=0))
+        done, count = 0, len(blocks)
         while done < count:
-            rc = lib.ik_sysv_queue_send_many(self._queue, data, lengths, done, count, type, deadline_ns)
-            if rc > 0:
-                done += rc
-            elif rc != -errno.EINTR and done:
-                break
-            elif rc != -errno.EINTR:
-                self._not_sent(rc, sizes[0], type)
+            done += self._send_some(blocks, done, type)
+            if done < count:
+                try:
+                    self._send_until(blocks[done], type, deadline_ns)
+                except OSError:
+                    if done:  # it comes again
+                        break
+                    raise
+                done += 1
         return done
 
     async def asend(self, data: Buffer, *, type: int = 1, timeout: float | None = None) -> None:
@@ -266,7 +257,7 @@ class MessageQueue:
             rc = lib.ik_sysv_helper_stop(sender)
             ffi.release(sender)
         if rc < 0:
-            self._not_sent(rc, len(data), type)
+            self._not_sent(rc, len(data))
 
     async def _asend_by(self, sender: Any, deadline_ns: int) -> None:
         """Wait for the end of a sender; what ends it sooner is an error only if it hadn't sent."""
@@ -282,9 +273,7 @@ class MessageQueue:
                 raise
             raise CancelledError("the message was sent") from None
 
-    def _not_sent(self, rc: int, size: int, type: int) -> NoReturn:
-        if rc == -errno.EINVAL and type < 1:
-            raise ValueError(f"the type of a message must be >= 1, not {type}")
+    def _not_sent(self, rc: int, size: int) -> NoReturn:
         if rc == -errno.EINVAL:
             self._check_size(size)
         if rc == -errno.EMSGSIZE:
@@ -293,7 +282,7 @@ class MessageQueue:
 
     def _check_size(self, size: int) -> None:
         """Raises: OSError EMSGSIZE for a size over kernel.msgmax."""
-        if size > (limits.value("kernel.msgmax") or _INT_MAX):
+        if size > self._room and size > (limits.value("kernel.msgmax") or _INT_MAX):
             advice = limits.advice("kernel.msgmax", size)
             raise OSError(errno.EMSGSIZE, f"message of {size} bytes to {self._name}: {advice}")
 
@@ -307,40 +296,21 @@ class MessageQueue:
 
     # --- receiving
 
-    def recv(self, *, type: int = 0, all_but: bool = False, timeout: float | None = None) -> bytes:
-        """Receive one message; block until there is one.
+    def _recv(self, *, type: int = 0, all_but: bool = False, timeout: float | None = None) -> bytes:
+        """What recv() in C leaves: waiting, errors, messages that wait in the handle."""
+        return self._recv_until(type, all_but, deadline(timeout))
 
-        Args: type: 0: the oldest; above 0: the oldest of that type; below 0: of the lowest type that is at
-            most -type the oldest. all_but: any type but that one (MSG_EXCEPT, Linux only). timeout: seconds.
-        Raises: TimeoutError (ETIMEDOUT); OSError EIDRM if the queue was removed meanwhile, EINVAL if before;
-            PermissionError (EACCES); ValueError for all_but without a type; Closed.
-        Fork: usable on both sides. Threads: any number. See msgrcv(2).
-        """
-        blocks, deadline_ns = self._blocks, FOREVER
-        try:
-            message, text = block = blocks.pop()
-        except IndexError:
-            message, text = block = self._block(self._room)
-        if type or all_but:
-            _check_all_but(all_but, type)
-            deadline_ns = deadline(timeout)
-            size = _recv(message, type, all_but, deadline_ns)
-        elif timeout is None:
-            size = _recv_any(message)
-        else:
-            size = _recv_within(message, timeout if timeout >= 0 else deadline(timeout))
-            deadline_ns = NOW if size >= 0 else message.deadline_ns
-        if size < 0:
-            size, block = self._go_on(size, block, type, all_but, deadline_ns)
-            text = block[1]
-        data: bytes = text[:size]
-        blocks.append(block)
+    def _recv_until(self, type: int, all_but: bool, deadline_ns: int) -> bytes:
+        _check_wanted(type, all_but)
+        size, block = self._go_on(-errno.EINTR, self._spare(), type, all_but, deadline_ns)
+        data: bytes = block[1][:size]
+        self._blocks.append(block)
         return data
 
     def recv_message(self, *, type: int = 0, all_but: bool = False, timeout: float | None = None) -> Message:
         """As recv(), with the type of the message."""
         deadline_ns = deadline(timeout)
-        _check_all_but(all_but, type)
+        _check_wanted(type, all_but)
         size, block = self._go_on(-errno.EINTR, self._spare(), type, all_but, deadline_ns)
         message = Message(block[1][:size], block[0].type)
         self._blocks.append(block)
@@ -352,16 +322,16 @@ class MessageQueue:
         """As recv(), into *buffer*, which is writable.
 
         Returns: bytes of the message.
-        Raises: as recv(); OSError E2BIG if the message is larger than *buffer*: it stays in the queue;
+        Raises: as recv(); OSError EMSGSIZE if the message is larger than *buffer*: it stays in the queue;
             TypeError for a read-only buffer or one that is not C-contiguous.
         """
         view = memoryview(buffer)
-        if view.readonly or not view.c_contiguous:
-            raise TypeError(
-                f"a writable, C-contiguous buffer is needed, not this {buffer.__class__.__name__}"
-            )
+        if view.readonly:
+            raise TypeError(f"can't receive into a read-only {_class(buffer).__name__}")
+        if not view.c_contiguous:
+            raise TypeError(f"{_class(buffer).__name__} must be C-contiguous")
         deadline_ns = deadline(timeout)
-        _check_all_but(all_but, type)
+        _check_wanted(type, all_but)
         size, block = self._within_room(view.nbytes, type, all_but, deadline_ns)
         if size == -errno.E2BIG:
             self._too_small(view.nbytes, type, all_but)
@@ -380,42 +350,36 @@ class MessageQueue:
         all_but: bool = False,
         timeout: float | None = None,
     ) -> list[bytes]:
-        """Receive all messages that are there, at least one, by one call into C; block until there is one.
+        """Receive the messages that are ready, at least one; block until there is one.
 
         Args: max: the most to return; the rest stays in the queue. The others as recv().
         Raises: as recv(), if there was no message before the error.
         """
         if max is not None and max < 1:
             raise ValueError(f"max must be None or at least 1, not {max}")
-        deadline_ns = FOREVER if timeout is None else deadline(timeout)
-        if all_but:
-            _check_all_but(all_but, type)
-        got, more = self._some(max or _MOST, type, all_but, deadline_ns)
-        if more and max is None:  # and no more than there are now, or a busy sender would keep us for ever
-            max = len(got) + self.stat().messages
-        while more and max and len(got) < max:
-            try:
-                some, more = self._some(max - len(got), type, all_but, NOW)
-            except OSError:  # it comes again
-                break
-            got += some
+        deadline_ns = deadline(timeout)
+        _check_wanted(type, all_but)
+        got = self._ready(max or _MOST, type, all_but) or [self._recv_until(type, all_but, deadline_ns)]
+        # Without a limit no more than there are now, or a busy sender would keep us for ever.
+        most = max or len(got) + self._now_in_it()
+        while len(got) < most and (more := self._ready(most - len(got), type, all_but)):
+            got += more
         return got
 
-    def _some(self, most: int, type: int, all_but: bool, deadline_ns: int) -> tuple[list[bytes], int]:
-        """What one call gets, and whether there may be more."""
+    def _now_in_it(self) -> int:
         try:
-            batch, text, marks = kept = self._batches.pop()
-        except IndexError:
-            batch, text, marks = kept = self._new_batch()
-        most = min(most, _MOST)
-        while (count := _recv_many(batch, most, type, all_but, deadline_ns)) < 0:
-            if count != -errno.EINTR:
-                self._fail("recv", count)
-        *ends, full = ffi.unpack(marks, 2 * count + 1)
-        pairs = iter(ends)
-        got = [text[begin:end] for begin, end in zip(pairs, pairs)]  # noqa: B905
-        self._batches.append(kept)
-        return got, full or count == most
+            return self.stat().messages
+        except OSError:  # it comes again
+            return 0
+
+    def _ready(self, most: int, type: int, all_but: bool) -> list[bytes]:
+        """Messages that can be had now, up to so many; maybe not all of them."""
+        got = self._recv_some(most, type, all_but)
+        if got is not None:
+            return got
+        with suppress(OSError):  # if it is none of time, it comes again
+            return [self._recv_until(type, all_but, NOW)]
+        return []
 
     async def arecv(self, *, type: int = 0, all_but: bool = False, timeout: float | None = None) -> bytes:
         """As recv(), for asyncio: only the calling task waits. A cancelled receive has taken nothing."""
@@ -435,7 +399,7 @@ class MessageQueue:
         """Wait until there may be such a message."""
         if type == 0:
             return await ready(self.fileno(), READ, deadline_ns, self._what("recv"))
-        watch = self._helper("recv", lib.ik_sysv_queue_watch, type, all_but)
+        watch = self._watcher("recv", type, all_but)
         try:
             await ready(lib.ik_sysv_helper_fileno(watch), READ, deadline_ns, self._what("recv"))
         finally:
@@ -491,13 +455,6 @@ class MessageQueue:
             return self._blocks.pop()
         return self._block(self._room)
 
-    def _new_batch(self) -> tuple[Any, ...]:
-        room = max(self._room, limits.value("kernel.msgmax") or 0)
-        size = max(_BATCH, 2 * room)
-        memory, marks = ffi.new("char[]", size), ffi.new("uint32_t[]", 2 * _MOST + 1)
-        fields = {"queue": self._queue, "memory": memory, "size": size, "room": room, "marks": marks}
-        return ffi.new("ik_sysv_batch *", fields), ffi.buffer(memory), marks
-
     def _go_on(
         self, rc: int, block: _Block, type: int, all_but: bool, deadline_ns: int
     ) -> tuple[int, _Block]:
@@ -530,7 +487,7 @@ class MessageQueue:
         next_size = self._next_size(type, all_but)
         message = "message" if next_size is None else f"message of {next_size} bytes"
         text = f"{message} does not fit into the buffer of {size} bytes and stays"
-        raise OSError(errno.E2BIG, text, self._what("recv"))
+        raise OSError(errno.EMSGSIZE, text, self._what("recv"))
 
     def _next_size(self, type: int, all_but: bool) -> int | None:
         """The size of the message that a receive would get now, if the kernel lets us look."""
@@ -563,8 +520,14 @@ class MessageQueue:
         if "_watch" in own and lib.ik_sysv_helper_fileno(own["_watch"]) < 0:  # the parent's
             del self._watch
         if "_watch" not in own:
-            own.setdefault("_watch", self._helper("fileno", lib.ik_sysv_queue_watch, 0, False))
+            own.setdefault("_watch", self._watcher("fileno", 0, False))
         return lib.ik_sysv_helper_fileno(self._watch)  # type: ignore[no-any-return]
+
+    def _watcher(self, verb: str, type: int, all_but: bool) -> Any:
+        """A thread that waits for such messages. From then on the handle itself may hold some."""
+        self._watched = True
+        self._at_once(-1)
+        return self._helper(verb, lib.ik_sysv_queue_watch, type, all_but)
 
     def _helper(self, verb: str, make: Any, *arguments: Any) -> Any:
         error = ffi.new("int *")
@@ -655,6 +618,7 @@ class MessageQueue:
         if self._closed:
             return
         self._closed = True
+        self._at_once(-1)
         lib.ik_sysv_queue_close(self._queue)
         if self._watch is not None:
             lib.ik_sysv_helper_stop(self._watch)
