@@ -50,18 +50,18 @@ def one_queue(make: Callable[[], Any]) -> Callable[[], tuple[Any, Any]]:
 OUR_SYSV = Queue(
     "sysv",
     one_queue(sysv.MessageQueue),
-    lambda queue, data, way: functools.partial(queue.send, data, type=way),
-    lambda queue, way: functools.partial(queue.recv, type=way),
+    lambda queue, data, way: lambda: queue.send(data, type=way),
+    lambda queue, way: lambda: queue.recv(type=way),
     lambda queue: (queue.remove(), queue.close()),
 )
 TIMED_SYSV = OUR_SYSV._replace(
-    name="sysv timed", recv=lambda queue, way: functools.partial(queue.recv, type=way, timeout=60)
+    name="sysv timed", recv=lambda queue, way: lambda: queue.recv(type=way, timeout=60)
 )
 THEIR_SYSV = Queue(
     "sysv_ipc",
     one_queue(lambda: sysv_ipc.MessageQueue(None, sysv_ipc.IPC_CREX, max_message_size=LARGEST)),
-    lambda queue, data, way: functools.partial(queue.send, data, True, way),
-    lambda queue, way: functools.partial(queue.receive, True, way),
+    lambda queue, data, way: lambda: queue.send(data, True, way),
+    lambda queue, way: lambda: queue.receive(True, way),
     lambda queue: queue.remove(),
 )
 
@@ -88,18 +88,18 @@ def unlink_all(queues: list[Any]) -> None:
 OUR_POSIX = Queue(
     "posix",
     our_pair,
-    lambda queues, data, way: functools.partial(queues[way - 1].send, data),
-    lambda queues, way: functools.partial(queues[way - 1].recv),
+    lambda queues, data, way: lambda queue=queues[way - 1]: queue.send(data),
+    lambda queues, way: lambda queue=queues[way - 1]: queue.recv(),
     unlink_all,
 )
 TIMED_POSIX = OUR_POSIX._replace(
-    name="posix timed", recv=lambda queues, way: functools.partial(queues[way - 1].recv, timeout=60)
+    name="posix timed", recv=lambda queues, way: lambda queue=queues[way - 1]: queue.recv(timeout=60)
 )
 THEIR_POSIX = Queue(
     "posix_ipc",
     their_pair,
-    lambda queues, data, way: functools.partial(queues[way - 1].send, data),
-    lambda queues, way: functools.partial(queues[way - 1].receive),
+    lambda queues, data, way: lambda queue=queues[way - 1]: queue.send(data),
+    lambda queues, way: lambda queue=queues[way - 1]: queue.receive(),
     unlink_all,
 )
 
@@ -190,6 +190,12 @@ def anonymous(data: bytes) -> None:
         shared.buf[:] = data
 
 
+def named(data: bytes) -> None:
+    with memory.SharedMemory(len(data), name="ipckit-bench", create=True) as shared:
+        shared.buf[:] = data
+        shared.unlink()
+
+
 def system_v(data: bytes) -> None:
     with sysv.SharedMemory(size=len(data)) as shared:
         shared.remove()
@@ -220,6 +226,7 @@ def rows() -> Iterator[Row]:
             yield Row(f"{kind} timed {what} 64 B", 64, [contender(timed), contender(ours)], [AT_MOST_1_1])
     segments = [segment("memfd", anonymous), segment("multiprocessing", standard_library)]
     yield Row("segment of 1 MiB", 1 << 20, segments, [1])
+    yield Row("named segment of 1 MiB", 1 << 20, [segment("memory", named), segments[1]], [1])
     yield Row("System V segment of 1 MiB", 1 << 20, [segment("sysv", system_v), segments[1]], [1])
 
 

@@ -8,11 +8,12 @@ pid namespace, which together never mean another one. ``ipckit gc`` judges by th
 
 A record is a symbolic link ``/dev/shm/ipckit-<uid>/<kind>@<digest>/<pid>.<start>.<namespace>``, whose
 target holds the text: one system call makes it whole, so no kill leaves half of one, and it needs
-no space that a full /dev/shm would refuse. Folders that become empty go.
+no space that a full /dev/shm would refuse. The folder, empty, goes with the last process.
 
 Names are recorded for as long as the boot lasts, like the objects themselves.
 """
 
+import atexit
 import errno
 import fcntl
 import functools
@@ -43,6 +44,7 @@ __all__ = [
     "folders",
     "lives",
     "records",
+    "tidy",
 ]
 
 KINDS = (
@@ -249,12 +251,12 @@ def entering() -> Iterator[None]:
 
     Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what folder() raises.
     """
+    _tidy_at_exit()
     held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True)
     try:
         yield
     finally:
         os.close(held)
-        _tidy()
 
 
 @contextmanager
@@ -271,12 +273,21 @@ def cleaning(*, timeout: float | None = _PATIENCE) -> Iterator[None]:
     finally:
         _cleaners.discard(threading.get_ident())
         os.close(held)
-        _tidy()
+        tidy()
 
 
-def _tidy() -> None:
-    """Remove the folder if nothing but the lock is left in it, and nobody holds that."""
-    with suppress(FileNotFoundError):
+@functools.lru_cache
+def _tidy_at_exit() -> None:
+    atexit.register(tidy)
+
+
+def tidy() -> None:
+    """Remove this user's folder if nothing but the lock is left in it, and nobody holds that.
+
+    Done when a process ends, and by cleaning(): to make the folder anew for each object would take
+    longer than the object. Raises: nothing; what can't be removed stays.
+    """
+    with suppress(OSError):
         if os.stat(_path()).st_nlink > 2 or os.listdir(_path()) != [_LOCK]:  # 2: no folder in it
             return
         held = _open_lock(create=False)
@@ -508,7 +519,6 @@ class Membership:
             elif entry.exists():  # else somebody removed the object, and all about it
                 with suppress(FileNotFoundError, PermissionError):
                     entry.write(left=True)
-        _tidy()
 
     def __del__(self) -> None:
         # Dropped without close(): the record stays, but children don't get what is no longer there.
@@ -525,7 +535,6 @@ class Membership:
             _entries.pop(_key(entry.kind, entry.ident, entry.birth), None)
             if not entry.erase():
                 _empty(entry.place)
-        _tidy()
 
     def refresh(self, birth: str) -> None:
         """The object's change time is another now, by our own doing: *birth* follows it.

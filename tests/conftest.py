@@ -16,6 +16,8 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
 
+from ipckit import registry
+
 
 def isolate() -> str:
     """As root: give this process its own System V objects, message queues and /dev/shm, so that what
@@ -63,7 +65,17 @@ def system_v_ids() -> set[tuple[str, str]]:
     return found
 
 
+def tidy_registries() -> None:
+    """What goes when a process ends in good order; that of a test goes on, or is killed."""
+    registry.tidy()
+    for path, _ in registry.folders():
+        if os.geteuid() == 0 and os.listdir(path) == ["lock"]:
+            os.unlink(f"{path}/lock")
+            os.rmdir(path)
+
+
 def named_objects() -> set[str]:
+    tidy_registries()
     return {
         f"{folder}/{name}"
         for folder in ("/dev/shm", QUEUES)

@@ -254,12 +254,14 @@ def test_one_of_fifty_creators_wins_and_none_sees_a_part(forked):
 def test_a_full_file_system_is_an_error_and_no_signal():
     code = f"""if 1:
         import errno, os
+        from ipckit import registry
         from ipckit.posix import SharedMemory
         try:
             SharedMemory({NAME!r}, 8 << 20, create=True)
         except OSError as error:
             assert error.errno == errno.ENOSPC, error
             print(error)
+        registry.tidy()
         assert os.listdir("/dev/shm") == [], os.listdir("/dev/shm")
         with SharedMemory({NAME!r}, 500_000, create=True) as small:
             small.buf[:] = bytes(500_000)

@@ -151,9 +151,12 @@ def test_a_record_that_can_not_be_written_leaves_nothing(forked):
         assert libc.mount(b"few", b"/dev/shm", b"tmpfs", 0, b"nr_inodes=4") == 0
         with pytest.raises(OSError, match="posix-queue@") as caught:
             enter()
-        assert caught.value.errno == errno.ENOSPC
-        assert os.listdir("/dev/shm") == []
-        libc.umount2(b"/dev/shm", 2)
+        try:
+            assert caught.value.errno == errno.ENOSPC
+            registry.tidy()
+            assert os.listdir("/dev/shm") == []
+        finally:
+            libc.umount2(b"/dev/shm", 2)
 
     assert forked(child).wait() == 0
 
@@ -426,9 +429,18 @@ def test_many_processes_enter_and_leave_and_the_folder_goes_with_the_last(forked
 
     children = [forked(busy, number) for number in range(4)]
     assert [child.wait() for child in children] == [0] * 4
-    with registry.entering():
-        pass
+    registry.tidy()
     assert not os.path.exists(f"/dev/shm/ipckit-{os.geteuid()}")
+
+
+def test_the_folder_goes_when_the_last_process_ends():
+    script = (
+        "from ipckit import registry\n"
+        "with registry.entering(): member = registry.enter('posix-queue', '/jobs', created=True)\n"
+        "member.forget()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert os.listdir("/dev/shm") == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
