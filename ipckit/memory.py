@@ -20,12 +20,13 @@ import re
 import stat
 import sys
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ipckit import registry
 from ipckit.errors import Closed, check
 
-__all__ = ["Mapping", "SharedMemory", "Views", "allocate", "check_file"]
+__all__ = ["Mapping", "SharedMemory", "Views", "allocate", "check_file", "fault_in"]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,8 @@ _UNTRACKED: "dict[str, Any]" = {"trackfd": False} if sys.version_info >= (3, 13)
 
 _STEP = 2 << 20
 _LARGE = 64 << 20
+_SMALL = 2 << 20
+_MADV_POPULATE_WRITE = 23  # in mmap from Python 3.14 on
 
 
 class _naming:
@@ -52,6 +55,16 @@ class _naming:
     def __exit__(self, kind: object, error: "BaseException | None", trace: object) -> None:
         if isinstance(error, OSError) and error.errno:  # a signal handler's own may have none
             check(-error.errno, self.what)
+
+
+def fault_in(pages: "mmap.mmap", start: int, size: int) -> None:
+    """Have the pages of small new memory at once, and not one by one as they are touched.
+
+    Who makes it most likely fills it. What is large may be meant to stay mostly empty.
+    """
+    if size <= _SMALL:
+        with suppress(OSError):  # before Linux 5.14; or there is no memory, which shows later
+            pages.madvise(_MADV_POPULATE_WRITE, start, size)
 
 
 class Views:
@@ -301,6 +314,7 @@ class SharedMemory(Mapping):
         what = f"anonymous memory of {size} bytes"
         fd = _sealed(size, what)
         self._own(fd, size, what)
+        fault_in(self._open(), 0, size)
 
     def _own(self, fd: int, size: int, what: str, *, readonly: bool = False) -> None:
         try:
@@ -318,6 +332,8 @@ class SharedMemory(Mapping):
             found = os.fstat(fd)
             self._own(fd, found.st_size, what, readonly=readonly)
             self.name = name
+            if created:
+                fault_in(self._open(), 0, self.size)
             try:
                 self._record(created, found)
             except BaseException:

@@ -9,7 +9,7 @@ import posix_ipc
 
 from ipckit import registry
 from ipckit.errors import Closed, check
-from ipckit.memory import Mapping, allocate
+from ipckit.memory import Mapping, allocate, fault_in
 from ipckit.posix.names import (
     birth,
     check_exclusive,
@@ -120,6 +120,8 @@ class SharedMemory(Mapping):
             self._birth = birth(found)
             self._member = registry.enter("posix-memory", self.name, created=created, birth=self._birth)
             Mapping.__init__(self, fd, found.st_size, self._what, readonly=readonly)
+            if created:
+                fault_in(self._open(), 0, self.size)
         except BaseException:
             os.close(fd)
             if created:

@@ -12,7 +12,6 @@ may write when, is the users' business.
 import errno
 import mmap
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from ipckit import limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import check
-from ipckit.memory import Views
+from ipckit.memory import Views, fault_in
 from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
 
 __all__ = ["SegmentStat", "SharedMemory", "in_use"]
@@ -28,8 +27,6 @@ __all__ = ["SegmentStat", "SharedMemory", "in_use"]
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_SMALL = 2 << 20
-_MADV_POPULATE_WRITE = 23  # in mmap from Python 3.14 on
 _LARGEST = (1 << 8 * ffi.sizeof("size_t")) - 1
 
 
@@ -133,16 +130,6 @@ def _attach(ident: int, size: int, readonly: bool, what: str) -> _Pages:
         rc = -(error.errno or errno.EIO)
     check(rc, f"attaching {what} {'read-only' if readonly else 'read-write'}")
     return pages
-
-
-def _allocate(pages: _Pages, size: int) -> None:
-    """Have the pages of a small new segment at once, and not one by one as they are touched.
-
-    Who makes it most likely fills it. A large one may be meant to stay mostly empty.
-    """
-    if size <= _SMALL and not pages.huge:
-        with suppress(OSError):  # before Linux 5.14; or there is no memory, which shows later
-            pages.pages.madvise(_MADV_POPULATE_WRITE, pages.start, size)
 
 
 # --- making ----------------------------------------------------------------------------------------
@@ -271,8 +258,8 @@ class SharedMemory(Views):
                 check(-errno.EINVAL, f"{self._what} has {status.size} bytes, and {size} were asked for")
             self.size = status.size
             mapped = _attach(ident, self.size, readonly, self._what)
-            if created:
-                _allocate(mapped, self.size)
+            if created and not mapped.huge:
+                fault_in(mapped.pages, mapped.start, self.size)
             if not status.mode & lib.IK_SYSV_MEMORY_DEST:  # else it goes by itself
                 birth = str(status.ctime) if created else ""
                 self._member = registry.enter("sysv-memory", str(ident), created=created, birth=birth)
