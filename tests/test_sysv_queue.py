@@ -319,9 +319,9 @@ def test_no_such_queue():
     with pytest.raises(FileNotFoundError, match=f"ever made, or it was removed.*{key:#010x}") as caught:
         MessageQueue(key)
     assert caught.value.errno == errno.ENOENT
-    with pytest.raises(OSError, match="no such queue: .* System V queue 2147483647") as caught:
+    with pytest.raises(FileNotFoundError, match="or never made: 'System V queue 2147483647") as caught:
         MessageQueue.from_id(2147483647)
-    assert caught.value.errno == errno.EINVAL
+    assert caught.value.errno == errno.ENOENT
 
 
 def test_bad_arguments():
@@ -470,11 +470,11 @@ def test_removed_before_and_while_in_use(queue):
             ("peek", other.peek),
         ):
             with pytest.raises(
-                OSError, match=f"removed before.* '{verb} on System V queue {queue.id} .private.'"
+                OSError, match=f"the queue was removed: '{verb} on System V queue {queue.id} .private.'"
             ) as caught:
                 call()
-            assert caught.value.errno == errno.EINVAL
-    with pytest.raises(OSError, match="removed before"):
+            assert caught.value.errno == errno.EIDRM
+    with pytest.raises(FileNotFoundError, match="no queue has this id"):
         MessageQueue.from_id(queue.id)
 
 
@@ -1095,7 +1095,7 @@ def test_removed_or_closed_while_a_task_waits():
 
     def removed(error):
         assert isinstance(error, OSError)
-        assert error.errno in (errno.EIDRM, errno.EINVAL)
+        assert error.errno == errno.EIDRM
 
     def closed(error):
         assert isinstance(error, Closed)

@@ -161,18 +161,26 @@ class MessageQueue(_hot.SysvQueue):
     def from_id(cls, ident: int) -> "MessageQueue":
         """Open a queue by its id, as another process has it from ``id`` or from ipcs(1).
 
-        Raises: OSError EINVAL if there is none, EIDRM if it is one that was removed. See msgctl(2).
+        Raises: FileNotFoundError (ENOENT) if there is none, or none any more. See msgctl(2).
         """
         if not 0 <= ident <= _INT_MAX:
             raise ValueError(f"the id of a queue is a number from 0 to {_INT_MAX}, not {ident}")
         self = cls.__new__(cls)
         with registry.entering():
             self._open(ident, PRIVATE)
-            with suppress(PermissionError):  # who may only write can't look
-                self._key = self.stat().key
+            self._key = self._key_of_id()
             self._name = f"System V queue {ident} ({shown(self._key)})"
             self._member = registry.enter(_KIND, str(ident), created=False)
         return self
+
+    def _key_of_id(self) -> int:
+        try:
+            return self.stat().key
+        except PermissionError:  # who may only write can't look
+            return PRIVATE
+        except OSError:
+            text = "no queue has this id: it was removed, or never made"
+            raise FileNotFoundError(errno.ENOENT, text, self._name) from None
 
     def _open(self, ident: int, key: int) -> None:
         self._id, self._key, self._closed = ident, key, False
@@ -431,7 +439,7 @@ class MessageQueue(_hot.SysvQueue):
             try:
                 yield self.recv()
             except OSError as error:
-                if error.errno not in (errno.EIDRM, errno.EINVAL):
+                if error.errno != errno.EIDRM:
                     raise
                 return
 
@@ -440,7 +448,7 @@ class MessageQueue(_hot.SysvQueue):
             try:
                 yield await self.arecv()
             except OSError as error:
-                if error.errno not in (errno.EIDRM, errno.EINVAL):
+                if error.errno != errno.EIDRM:
                     raise
                 return
 
@@ -551,7 +559,7 @@ class MessageQueue(_hot.SysvQueue):
     def stat(self) -> QueueStat:
         """The queue as it is now. An empty message that this handle keeps for a watch isn't in it.
 
-        Raises: PermissionError (EACCES) for who may not read; OSError EINVAL or EIDRM if it was removed.
+        Raises: PermissionError (EACCES) for who may not read; OSError EIDRM if it was removed.
         """
         info = ffi.new("ik_sysv_queue_info *")
         rc = lib.ik_sysv_queue_stat(self._queue, info)
@@ -597,8 +605,8 @@ class MessageQueue(_hot.SysvQueue):
 
         The handle stays to be closed.
 
-        Raises: PermissionError (EPERM) for who is neither owner, creator nor root; OSError EINVAL or
-            EIDRM if it was removed already. See IPC_RMID in msgctl(2).
+        Raises: PermissionError (EPERM) for who is neither owner, creator nor root; OSError EIDRM if it was
+            removed already. See IPC_RMID in msgctl(2).
         """
         rc = lib.ik_sysv_queue_remove(self._queue)
         if rc < 0:
@@ -633,10 +641,9 @@ class MessageQueue(_hot.SysvQueue):
         what = self._what(verb)
         if rc == -errno.EBADF:
             raise Closed(f"{self._name} was closed")
-        if rc == -errno.EIDRM:
+        # The id was good, so what the kernel doesn't know any more (EINVAL) was removed.
+        if rc in (-errno.EIDRM, -errno.EINVAL):
             raise OSError(errno.EIDRM, "the queue was removed", what)
-        if rc == -errno.EINVAL:
-            raise OSError(errno.EINVAL, "there is no such queue: it was removed before, or never made", what)
         if rc == -errno.EAGAIN:
             raise BlockingIOError(errno.EAGAIN, "no real-time signal is free to wait with", what)
         check(rc, what)
