@@ -30,7 +30,7 @@ def as_fields(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
                 shown.append("")
             shown.append(f":{field[1]}: {field[2]}")
             in_field = True
-        elif in_field and line.startswith(" "):
+        elif in_field and line and shown[-1] and not line.startswith("See "):
             shown[-1] += " " + line.strip()
         else:
             if in_field and line:

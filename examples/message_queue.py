@@ -6,7 +6,7 @@ The messages of type 2 stay in the queue, however long the receiver waits: nobod
 
 import threading
 
-from ipckit.sysv.queue import MessageQueue
+from ipckit.sysv import MessageQueue
 
 queue = MessageQueue()  # IPC_PRIVATE: a new one
 received = []

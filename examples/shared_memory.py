@@ -2,8 +2,7 @@
 
 import os
 
-from ipckit.sysv.memory import SharedMemory
-from ipckit.sysv.semaphore import Semaphore
+from ipckit.sysv import Semaphore, SharedMemory
 
 counter = SharedMemory(size=8)  # shmget and shmat; a new segment is all zeros
 turn = Semaphore()

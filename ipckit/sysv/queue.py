@@ -111,8 +111,8 @@ class MessageQueue(_hot.SysvQueue):
     Iterating, ``for`` or ``async for``, gives message after message until the queue is removed.
     ``with`` closes the handle only; the queue stays until ``remove()``.
 
-    Fork: usable on both sides. Pickles by id. Threads: any number, of one handle too; ``close()`` ends
-    what other threads wait for.
+    Fork: usable on both sides. Pickles by id.
+    Threads: any number, of one handle too; ``close()`` ends what other threads wait for.
 
     send() and recv() themselves are in C, as long as they need not wait; see ``csrc/hot.c``.
     """
