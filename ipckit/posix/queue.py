@@ -189,6 +189,8 @@ class MessageQueue(PosixQueue):
             os.close(fd)
             if created:
                 posix_ipc.unlink_message_queue(self.name)
+            if self._member is not None:
+                self._member.forget() if created else self._member.leave()
             raise
 
     def _make(self, mode: int, count: int, size: int) -> int:
