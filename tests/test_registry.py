@@ -148,7 +148,8 @@ def test_a_lost_record_is_written_again():
 def test_a_record_that_can_not_be_written_leaves_nothing(forked):
     def child(ready):
         libc = ctypes.CDLL(None)
-        assert libc.mount(b"few", b"/dev/shm", b"tmpfs", 0, b"nr_inodes=4") == 0
+        if libc.mount(b"few", b"/dev/shm", b"tmpfs", 0, b"nr_inodes=4"):
+            sys.exit(77)
         with pytest.raises(OSError, match="posix-queue@") as caught:
             enter()
         try:
@@ -158,7 +159,10 @@ def test_a_record_that_can_not_be_written_leaves_nothing(forked):
         finally:
             libc.umount2(b"/dev/shm", 2)
 
-    assert forked(child).wait() == 0
+    status = forked(child).wait()
+    if status == 77:
+        pytest.skip("may not mount")
+    assert status == 0
 
 
 def test_without_a_descriptor_nothing_is_left(forked):

@@ -298,7 +298,7 @@ def _show_limits(found: list[Limit]) -> None:
     console = _console()
     (_show_limits_wide if console.width >= _VERY_WIDE else _show_limits_narrow)(console, found)
     tight = [limit.name for limit in found if limit.tight]
-    console.print(f"{len(tight)} of {len(found)} are tight" + (f": {', '.join(tight)}" if tight else ""))
+    console.print(f"tight: {len(tight)} of {len(found)}" + (f" ({', '.join(tight)})" if tight else ""))
 
 
 def _show_limits_wide(console: "Console", found: list[Limit]) -> None:
