@@ -34,6 +34,8 @@ def isolate() -> str:
 
 
 QUEUES = isolate()
+# Ignored in what a shell starts in the background, and so in every child that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PATIENCE = 20.0  # seconds that a test waits for a child before it gives up
 
