@@ -46,6 +46,7 @@ def _send_keyboard(connection: socket.socket, stdin: int) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other process says so
         for line in _until_quit(stdin):
             connection.sendall(line)
+    with contextlib.suppress(OSError):  # ENOTCONN, after a reset that was noticed by no send
         connection.shutdown(socket.SHUT_WR)
 
 
