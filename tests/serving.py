@@ -106,7 +106,8 @@ def _state(pid):
 
 def _links(pid):
     found = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+    # Without root one that is ending can't be looked into.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
         for name in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                 found.append(os.readlink(f"/proc/{pid}/fd/{name}"))

@@ -419,7 +419,7 @@ def test_a_real_full_file_system(tmp_path, forked):
     """A tmpfs of 256 KiB in a mount namespace of the child's own."""
 
     def fill(ready):
-        if not _own_tmpfs(tmp_path):
+        if os.geteuid() or not _own_tmpfs(tmp_path):
             raise SystemExit(77)
         path = tmp_path / "log"
         ballast = tmp_path / "ballast"

@@ -966,12 +966,14 @@ def test_253_descriptors_a_hundred_times_to_one_that_expects_one(local, files, f
     def give(ready):
         for _ in range(100):
             sockets.send_fds(left, b"x", [files[0]] * 253)
+            left.recv(1)  # a user may not have more on their way than RLIMIT_NOFILE
 
     child = forked(give)
     before = descriptors()
     for _ in range(100):
         with pytest.raises(OSError) as caught:
             sockets.recv_fds(right, 1, 1, timeout=PATIENCE)
+        right.send(b".")
         assert caught.value.errno == errno.EMSGSIZE
         assert descriptors() == before
     assert child.wait() == 0

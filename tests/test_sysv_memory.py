@@ -226,6 +226,7 @@ def test_smaller_than_asked_for(key):
         made.remove()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_no_permission(key, forked):
     def child(ready):
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -367,6 +368,7 @@ def test_huge_pages_required_and_missing():
     assert caught.value.errno in (errno.ENOMEM, errno.EPERM, errno.EINVAL)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs CAP_IPC_LOCK")
 def test_a_segment_of_huge_pages_is_attached():
     """A C program's; no page of it is there, so only the mapping can be looked at."""
     handles = [SharedMemory.from_id(int(peer("huge", (3 << 20) + i))) for i in range(10)]

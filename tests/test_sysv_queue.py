@@ -360,6 +360,7 @@ def test_bad_arguments_of_calls(queue):
         queue.set(max_bytes=1 << 31)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_as_another_user(forked):
     with fresh(mode=0o600) as secret, fresh(mode=0o622) as inbox:
 

@@ -260,6 +260,7 @@ def test_removed_while_blocked_and_used_afterwards(forked):
     made.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_no_permission(key, forked):
     number = ftok(*key)
 
