@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from ipckit import registry
 from ipckit.errors import Closed, check
 
-__all__ = ["Mapping", "SharedMemory", "Views", "allocate", "check_file", "fault_in"]
+__all__ = ["Mapping", "SharedMemory", "Views", "allocate", "check_file", "check_regular", "fault_in"]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -328,7 +328,12 @@ class SharedMemory(Mapping):
         what = f"memory segment {name!r}"
         at = registry.folder()
         try:
-            fd, created = _open_or_create(at, name, size, create, exclusive, readonly, what)
+            fd, created = registry.make_or_open(
+                lambda: _create(at, name, size, what),
+                lambda: _open(at, name, size, readonly, what),
+                create,
+                exclusive,
+            )
             found = os.fstat(fd)
             self._own(fd, found.st_size, what, readonly=readonly)
             self.name = name
@@ -346,7 +351,7 @@ class SharedMemory(Mapping):
 
     def _record(self, created: bool, found: os.stat_result) -> None:
         assert self.name is not None
-        self._member = registry.enter("memory", self.name, created=created, birth=_birth(found))
+        self._member = registry.enter("memory", self.name, created=created, birth=registry.birth_of(found))
 
     @classmethod
     def from_fd(
@@ -396,7 +401,7 @@ class SharedMemory(Mapping):
         assert self.name is not None
         try:
             found = os.stat(_file(self.name), dir_fd=at, follow_symlinks=False)
-            if _birth(found) != _birth(os.fstat(self.fileno())):
+            if registry.birth_of(found) != registry.birth_of(os.fstat(self.fileno())):
                 check(-errno.ENOENT)
             os.unlink(_file(self.name), dir_fd=at)
             if self._member is not None:
@@ -422,7 +427,7 @@ class SharedMemory(Mapping):
                 f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
                 "send fileno() with sockets.send_fds(), or give it a name"
             )
-        return _reopened, (self.name, self.readonly, _birth(os.fstat(fd)))
+        return _reopened, (self.name, self.readonly, registry.birth_of(os.fstat(fd)))
 
 
 def _inherited(duplicate: Any, size: int, readonly: bool, name: "str | None") -> SharedMemory:
@@ -440,14 +445,10 @@ def _inherited(duplicate: Any, size: int, readonly: bool, name: "str | None") ->
 
 def _reopened(name: str, readonly: bool, birth: str) -> SharedMemory:
     memory = SharedMemory(name=name, readonly=readonly)
-    if _birth(os.fstat(memory.fileno())) != birth:
+    if registry.birth_of(os.fstat(memory.fileno())) != birth:
         memory.close()
         check(-errno.ENOENT, f"memory segment {name!r} that was pickled; the name is that of later memory")
     return memory
-
-
-def _birth(found: os.stat_result) -> str:
-    return f"{found.st_dev}.{found.st_ino}"
 
 
 def _file(name: str) -> str:
@@ -475,28 +476,10 @@ def _sealed(size: int, what: str) -> int:
     return fd
 
 
-def _open_or_create(
-    at: int, name: str, size: "int | None", create: bool, exclusive: bool, readonly: bool, what: str
-) -> "tuple[int, bool]":
-    """A descriptor of what has the *name* in the folder *at*, and whether we made it."""
-    while True:
-        if not (create and exclusive):
-            try:
-                return _open(at, name, size, readonly, what), False
-            except FileNotFoundError:
-                if not create:
-                    raise
-        if size is None:
-            raise ValueError(f"{what} can't be made without a size")
-        try:
-            return _create(at, name, size, what), True
-        except FileExistsError:
-            if exclusive:
-                raise
-
-
-def _create(at: int, name: str, size: int, what: str) -> int:
+def _create(at: int, name: str, size: "int | None", what: str) -> int:
     """Made without a name and named when it is whole, so that nobody finds it half-made."""
+    if size is None:
+        raise ValueError(f"{what} can't be made without a size")
     with _naming(what):
         fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=at)
     try:
@@ -528,17 +511,22 @@ def _open(at: int, name: str, size: "int | None", readonly: bool, what: str) -> 
 # --- what is not ours is not used ----------------------------------------------------------------
 
 
+def check_regular(found: os.stat_result, what: str) -> None:
+    """Raises: OSError ELOOP, EISDIR, EINVAL for a symbolic link, a folder, and what else is no file."""
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        number = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}.get(kind, errno.EINVAL)
+        check(-number, f"{what} is no file, but {stat.filemode(found.st_mode)}")
+
+
 def check_file(found: os.stat_result, what: str) -> None:
     """Refuse a file that somebody else may have put there, or may write into.
 
-    Raises: OSError ELOOP, EISDIR, EINVAL for a symbolic link, a folder, and what else is no file;
-        FileNotFoundError (ENOENT) if it was unlinked; PermissionError (EPERM) if it is not this user's, has
-        more names than one, or may be written by others.
+    Raises: as check_regular(); FileNotFoundError (ENOENT) if it was unlinked; PermissionError (EPERM) if
+        it is not this user's, has more names than one, or may be written by others.
     """
     mode, links = found.st_mode, found.st_nlink
-    if not stat.S_ISREG(mode):
-        number = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}.get(stat.S_IFMT(mode), errno.EINVAL)
-        check(-number, f"{what} is no file, but {stat.filemode(mode)}")
+    check_regular(found, what)
     if links == 0:
         check(-errno.ENOENT, what)
     if found.st_uid != os.geteuid():

@@ -22,10 +22,10 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from ipckit.errors import check
@@ -36,6 +36,7 @@ __all__ = [
     "Membership",
     "Process",
     "Record",
+    "birth_of",
     "cleaning",
     "drop",
     "enter",
@@ -43,6 +44,7 @@ __all__ = [
     "folder",
     "folders",
     "lives",
+    "make_or_open",
     "records",
     "tidy",
 ]
@@ -56,6 +58,8 @@ KINDS = (
     "posix-semaphore",
     "memory",
 )
+
+_T = TypeVar("_T")
 
 # Beside the objects in /dev/shm, because nothing else is the same for all processes of a user.
 _WHERE = "/dev/shm"
@@ -216,14 +220,14 @@ def _make_lock() -> None:
         os.chmod(path, 0o600)  # whatever the umask
 
 
-def _locked(operation: int, until: int, create: bool) -> int:
+def _locked(operation: int, until: int) -> int:
     """A descriptor that holds the lock; closing it gives it back.
 
     Only a cleaner holds it alone, for milliseconds: so trying again and again costs nobody much,
     and unlike a blocking flock it can end.
     """
     while True:
-        fd = _open_lock(create)
+        fd = _open_lock(create=True)
         try:
             while not _try_lock(fd, operation):
                 if remaining(until) == 0:
@@ -252,7 +256,7 @@ def entering() -> Iterator[None]:
     Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what folder() raises.
     """
     _tidy_at_exit()
-    held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True)
+    held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE))
     try:
         yield
     finally:
@@ -265,7 +269,7 @@ def cleaning(*, timeout: float | None = _PATIENCE) -> Iterator[None]:
 
     Raises: TimeoutError (ETIMEDOUT) if the lock could not be had for *timeout* seconds.
     """
-    held = _locked(fcntl.LOCK_EX, deadline(timeout), create=True)
+    held = _locked(fcntl.LOCK_EX, deadline(timeout))
     _cleaners.add(threading.get_ident())
     try:
         _sweep()
@@ -575,6 +579,29 @@ def _key(kind: str, ident: str, birth: str) -> tuple[str, str, str]:
     return kind, ident, "" if kind.startswith("sysv") else birth
 
 
+def birth_of(found: os.stat_result) -> str:
+    """What tells an object with a descriptor or path from a later one of the same name."""
+    return f"{found.st_dev}.{found.st_ino}"
+
+
+def make_or_open(
+    make: Callable[[], _T], find: Callable[[], _T], create: bool, exclusive: bool
+) -> tuple[_T, bool]:
+    """What has the name, and whether we made it; whatever others make and remove meanwhile."""
+    while True:
+        if not exclusive:
+            try:
+                return find(), False
+            except FileNotFoundError:
+                if not create:
+                    raise
+        try:
+            return make(), True
+        except FileExistsError:
+            if exclusive:
+                raise
+
+
 def enter(kind: str, ident: str, *, created: bool, birth: str = "") -> Membership:
     """Record that this process made (*created*) or opened an object. Call it inside entering().
 
@@ -609,7 +636,7 @@ _forking: list[int] = []
 def _before_fork() -> None:
     try:
         if any(entry.handles > 0 for entry in _entries.values()) and threading.get_ident() not in _cleaners:
-            _forking.append(_locked(fcntl.LOCK_SH, deadline(_PATIENCE), create=True))
+            _forking.append(_locked(fcntl.LOCK_SH, deadline(_PATIENCE)))
     finally:
         _guard.acquire()
 

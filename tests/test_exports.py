@@ -5,7 +5,7 @@ import ipckit
 
 # Too general a name at the top, or of use to those only who know the room: found in the room.
 IN_THE_ROOM = {
-    "memory": {"Mapping", "Views", "allocate", "check_file", "fault_in"},
+    "memory": {"Mapping", "Views", "allocate", "check_file", "check_regular", "fault_in"},
     "pipes": {"Duplex", "DuplexStats", "Reader", "Stats", "Writer"},
     "process": {"NativeMemory"},
     "errors": {"check"},

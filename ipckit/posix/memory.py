@@ -11,13 +11,11 @@ from ipckit import registry
 from ipckit.errors import Closed, check
 from ipckit.memory import Mapping, allocate, fault_in
 from ipckit.posix.names import (
-    birth,
     check_exclusive,
     check_file,
     check_mode,
     check_name,
     look,
-    make_or_open,
     told,
 )
 
@@ -69,7 +67,7 @@ class SharedMemory(Mapping):
         if size < 0 or (create and size == 0):
             raise ValueError(f"size must be at least 1 byte, not {size}")
         with registry.entering():
-            fd, created = make_or_open(
+            fd, created = registry.make_or_open(
                 lambda: self._make(size, mode), lambda: self._find(size, readonly), create, exclusive
             )
             self._enter(fd, created, readonly)
@@ -117,7 +115,7 @@ class SharedMemory(Mapping):
     def _enter(self, fd: int, created: bool, readonly: bool) -> None:
         try:
             found = os.fstat(fd)
-            self._birth = birth(found)
+            self._birth = registry.birth_of(found)
             self._member = registry.enter("posix-memory", self.name, created=created, birth=self._birth)
             Mapping.__init__(self, fd, found.st_size, self._what, readonly=readonly)
             if created:
@@ -138,7 +136,7 @@ class SharedMemory(Mapping):
         """
         self.fileno()
         with registry.entering():
-            if birth(look(self._path, self._owner, self._what)) != self._birth:
+            if registry.birth_of(look(self._path, self._owner, self._what)) != self._birth:
                 check(-errno.ENOENT, f"{self._what}, whose name is that of later memory now")
             with told(self._what):
                 posix_ipc.unlink_shared_memory(self.name)

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""What the three kinds of named objects share: their names, making or opening one, its record."""
+"""What the three kinds of named objects share: their names, the package's errors, whose a file is."""
 
 import errno
 import os
-import stat
-from collections.abc import Callable
-from typing import TypeVar
 
 import posix_ipc
 
 from ipckit.errors import check
-
-_T = TypeVar("_T")
+from ipckit.memory import check_regular
 
 # The package's OSErrors without an errno, by how they begin; the others mean EMFILE.
 _UNNUMBERED = {"Insufficient space": errno.ENOSPC, "The system limit": errno.ENFILE}
@@ -68,29 +64,6 @@ class told:
             check(-_number(error, self.exclusive), self.what)
 
 
-def make_or_open(
-    make: Callable[[], _T], find: Callable[[], _T], create: bool, exclusive: bool
-) -> tuple[_T, bool]:
-    """What has the name, and whether we made it; whatever others make and remove meanwhile."""
-    while True:
-        if not exclusive:
-            try:
-                return find(), False
-            except FileNotFoundError:
-                if not create:
-                    raise
-        try:
-            return make(), True
-        except FileExistsError:
-            if exclusive:
-                raise
-
-
-def birth(found: os.stat_result) -> str:
-    """What tells an object from a later one of the same name."""
-    return f"{found.st_dev}.{found.st_ino}"
-
-
 def look(path: str, owner: int | None, what: str) -> os.stat_result:
     """The file in /dev/shm that a name of the C library's stands for, before it is opened.
 
@@ -108,10 +81,7 @@ def check_file(found: os.stat_result, owner: int | None, what: str) -> None:
     Raises: OSError ELOOP, EISDIR, EINVAL for a symbolic link, a folder, and what else is no file;
         PermissionError (EPERM) if it is another user's than *owner*'s (None: our own).
     """
-    kind = stat.S_IFMT(found.st_mode)
-    if kind != stat.S_IFREG:
-        number = {stat.S_IFLNK: errno.ELOOP, stat.S_IFDIR: errno.EISDIR}.get(kind, errno.EINVAL)
-        check(-number, f"{what} is no file, but {stat.filemode(found.st_mode)}")
+    check_regular(found, what)
     wanted = os.geteuid() if owner is None else owner
     if found.st_uid != wanted:
         hint = "" if owner is not None else f"; owner={found.st_uid} opens it on purpose"

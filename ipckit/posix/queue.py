@@ -18,7 +18,7 @@ from ipckit import limits, registry
 from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.posix.names import birth, check_exclusive, check_mode, check_name, make_or_open, told
+from ipckit.posix.names import check_exclusive, check_mode, check_name, told
 from ipckit.vectored import Buffer, pin
 from ipckit.wait import READ, WRITE, deadline, ready, remaining
 
@@ -177,12 +177,14 @@ class MessageQueue(PosixQueue):
         _queues.add(self)
 
     def _enter(self, mode: int, count: int, size: int, create: bool, exclusive: bool) -> None:
-        fd, created = make_or_open(lambda: self._make(mode, count, size), self._find, create, exclusive)
+        fd, created = registry.make_or_open(
+            lambda: self._make(mode, count, size), self._find, create, exclusive
+        )
         try:
             found = os.fstat(fd)
             if created:
                 os.fchmod(fd, mode)  # whatever the umask
-            self._birth = birth(found)
+            self._birth = registry.birth_of(found)
             self._member = registry.enter("posix-queue", self.name, created=created, birth=self._birth)
             check(lib.ik_posix_queue_adopt(self._queue, fd), self._what)
         except BaseException:
@@ -399,7 +401,7 @@ class MessageQueue(PosixQueue):
         with registry.entering():
             now = self._find()
             try:
-                if birth(os.fstat(now)) != self._birth:
+                if registry.birth_of(os.fstat(now)) != self._birth:
                     check(-errno.ENOENT, f"{self._what}, whose name is that of a later queue now")
             finally:
                 os.close(now)

@@ -12,12 +12,10 @@ from ipckit import registry
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.posix.names import (
-    birth,
     check_exclusive,
     check_mode,
     check_name,
     look,
-    make_or_open,
     told,
 )
 from ipckit.wait import deadline
@@ -70,10 +68,10 @@ class Semaphore:
         if not 0 <= value <= _LARGEST:
             raise ValueError(f"value must be from 0 to {_LARGEST}, not {value}")
         with registry.entering():
-            (handle, found), created = make_or_open(
+            (handle, found), created = registry.make_or_open(
                 lambda: self._make(value, mode), self._find, create, exclusive
             )
-            self._birth = birth(found)
+            self._birth = registry.birth_of(found)
             try:
                 self._member = registry.enter("posix-semaphore", name, created=created, birth=self._birth)
             except BaseException:
@@ -103,7 +101,7 @@ class Semaphore:
                 check(-errno.EINVAL, f"{self._what} is no semaphore, but a file of {found.st_size} bytes")
             handle = ffi.gc(ffi.new("ik_posix_semaphore *"), lib.ik_posix_semaphore_free)
             check(lib.ik_posix_semaphore_open(handle, os.fsencode(self.name)), self._what)
-            if birth(look(self._path, self._owner, self._what)) == birth(found):
+            if registry.birth_of(look(self._path, self._owner, self._what)) == registry.birth_of(found):
                 return handle, found
 
     def acquire(self, timeout: float | None = None) -> Literal[True]:
@@ -142,7 +140,7 @@ class Semaphore:
         """
         self._open()
         with registry.entering():
-            if birth(look(self._path, self._owner, self._what)) != self._birth:
+            if registry.birth_of(look(self._path, self._owner, self._what)) != self._birth:
                 check(-errno.ENOENT, f"{self._what}, whose name is that of a later semaphore now")
             with told(self._what):
                 posix_ipc.unlink_semaphore(self.name)
