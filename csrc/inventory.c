@@ -64,15 +64,3 @@ int ik_inventory_semaphore_pids(int id, int *ret_pids, size_t count) {
     }
     return waiting;
 }
-
-int ik_inventory_remove(enum ik_inventory_kind kind, int id) {
-    switch (kind) {
-    case IK_INVENTORY_QUEUE:
-        return result(msgctl(id, IPC_RMID, NULL));
-    case IK_INVENTORY_MEMORY:
-        return result(shmctl(id, IPC_RMID, NULL));
-    case IK_INVENTORY_SEMAPHORE:
-        return result(semctl(id, 0, IPC_RMID));
-    }
-    return -EINVAL;
-}

@@ -2,8 +2,6 @@
 #pragma once
 #include <stddef.h>
 
-enum ik_inventory_kind { IK_INVENTORY_QUEUE, IK_INVENTORY_MEMORY, IK_INVENTORY_SEMAPHORE };
-
 /* The POSIX queues of this ipc namespace as a folder, mounted nowhere: nobody else sees a change,
  * and it goes with the descriptor. Returns a descriptor, close-on-exec; -EPERM without
  * CAP_SYS_ADMIN, -ENOSYS, -ENODEV (a kernel without such queues), another -errno. */
@@ -18,6 +16,3 @@ int ik_inventory_queue_unlink(const char *name);
  * nobody, or for one of a pid namespace that can't be seen from here. Returns how many processes
  * wait in those semaphores, or -EACCES, -EINVAL or -EIDRM (gone). */
 int ik_inventory_semaphore_pids(int id, int *ret_pids, size_t count);
-
-/* IPC_RMID. Returns 0, -EPERM, -EINVAL or -EIDRM (gone). */
-int ik_inventory_remove(enum ik_inventory_kind kind, int id);

@@ -812,6 +812,6 @@ int ik_sysv_queue_set(ik_sysv_queue *queue, int64_t max_bytes, int64_t mode, int
     return msgctl(id_of(queue), IPC_SET, &now) < 0 ? -errno : 0;
 }
 
-int ik_sysv_queue_remove(ik_sysv_queue *queue) {
-    return msgctl(id_of(queue), IPC_RMID, NULL) < 0 ? (int)told(queue, -errno) : 0;
+int ik_sysv_queue_remove(int id) {
+    return msgctl(id, IPC_RMID, NULL) < 0 ? -errno : 0;
 }

@@ -63,7 +63,7 @@ int64_t ik_sysv_queue_peek(ik_sysv_message *message, int64_t index);
 int ik_sysv_queue_set(ik_sysv_queue *queue, int64_t max_bytes, int64_t mode, int64_t uid,
                       int64_t gid);
 int ik_sysv_queue_stat(ik_sysv_queue *queue, ik_sysv_queue_info *ret_info);
-int ik_sysv_queue_remove(ik_sysv_queue *queue);
+int ik_sysv_queue_remove(int id);
 
 /* A helper that waits, without consuming, for a message of that type; its descriptor is readable as
  * long as the handle can receive one, or after an error for ever. NULL and *ret_error if not made.

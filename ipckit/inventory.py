@@ -40,9 +40,9 @@ Verdict = Literal["live", "orphan", "foreign", "unknown"]
 _MEMORY = "/dev/shm"
 _TABLES = {"sysv-queue": "msg", "sysv-memory": "shm", "sysv-semaphore": "sem"}  # in /proc/sysvipc
 _REMOVED_BY = {
-    "sysv-queue": lib.IK_INVENTORY_QUEUE,
-    "sysv-memory": lib.IK_INVENTORY_MEMORY,
-    "sysv-semaphore": lib.IK_INVENTORY_SEMAPHORE,
+    "sysv-queue": lib.ik_sysv_queue_remove,
+    "sysv-memory": lib.ik_sysv_memory_remove,
+    "sysv-semaphore": lib.ik_sysv_semaphore_remove,
 }
 _SHM_DEST = 0o1000
 _LEFT = "left by its maker, who closed it"
@@ -169,13 +169,9 @@ def _semaphores() -> Iterator[_Found]:
 # --- POSIX, and our own ---------------------------------------------------------------------------
 
 
-def _birth(status: os.stat_result) -> str:
-    return f"{status.st_dev}.{status.st_ino}"
-
-
 def _file(kind: str, ident: str, status: os.stat_result) -> _Found:
     place = (status.st_dev, status.st_ino)
-    mode, birth = stat.S_IMODE(status.st_mode), _birth(status)
+    mode, birth = stat.S_IMODE(status.st_mode), registry.birth_of(status)
     return _Found(kind, ident, status.st_uid, mode, status.st_size, birth, status.st_ctime, None, place=place)
 
 
@@ -473,7 +469,7 @@ def _birth_now(obj: Object) -> str:
             if found.ident == obj.ident:
                 return found.birth
         check(-errno.ENOENT, obj.id)
-    return _birth(os.lstat(_path(obj)))
+    return registry.birth_of(os.lstat(_path(obj)))
 
 
 def _remove(obj: Object, uses: dict[_Key, list[_Use]]) -> None:
@@ -482,7 +478,7 @@ def _remove(obj: Object, uses: dict[_Key, list[_Use]]) -> None:
     if _birth_now(obj) != obj.birth:
         check(-errno.ESTALE, f"{obj.id} is another object by now")
     if obj.kind in _TABLES:
-        check(lib.ik_inventory_remove(_REMOVED_BY[obj.kind], int(obj.ident)), obj.id)
+        check(_REMOVED_BY[obj.kind](int(obj.ident)), obj.id)
     elif obj.kind == "posix-queue":
         check(lib.ik_inventory_queue_unlink(os.fsencode(obj.ident)), obj.id)
     else:

@@ -201,7 +201,7 @@ class MessageQueue(_hot.SysvQueue):
             birth = str(self._birth())
             self._member = registry.enter(_KIND, str(self._id), created=True, birth=birth)
         except BaseException:
-            lib.ik_sysv_queue_remove(self._queue)
+            lib.ik_sysv_queue_remove(self._id)
             raise
 
     def _birth(self) -> int | str:
@@ -309,20 +309,18 @@ class MessageQueue(_hot.SysvQueue):
         return self._recv_until(type, all_but, deadline(timeout))
 
     def _recv_until(self, type: int, all_but: bool, deadline_ns: int) -> bytes:
-        _check_wanted(type, all_but)
-        size, block = self._go_on(-errno.EINTR, self._spare(), type, all_but, deadline_ns)
-        data: bytes = block[1][:size]
-        self._blocks.append(block)
-        return data
+        return self._message_until(type, all_but, deadline_ns).data
 
-    def recv_message(self, *, type: int = 0, all_but: bool = False, timeout: float | None = None) -> Message:
-        """As recv(), with the type of the message."""
-        deadline_ns = deadline(timeout)
+    def _message_until(self, type: int, all_but: bool, deadline_ns: int) -> Message:
         _check_wanted(type, all_but)
         size, block = self._go_on(-errno.EINTR, self._spare(), type, all_but, deadline_ns)
         message = Message(block[1][:size], block[0].type)
         self._blocks.append(block)
         return message
+
+    def recv_message(self, *, type: int = 0, all_but: bool = False, timeout: float | None = None) -> Message:
+        """As recv(), with the type of the message."""
+        return self._message_until(type, all_but, deadline(timeout))
 
     def recv_into(
         self, buffer: Buffer, *, type: int = 0, all_but: bool = False, timeout: float | None = None
@@ -608,7 +606,7 @@ class MessageQueue(_hot.SysvQueue):
         Raises: PermissionError (EPERM) for who is neither owner, creator nor root; OSError EIDRM if it was
             removed already. See IPC_RMID in msgctl(2).
         """
-        rc = lib.ik_sysv_queue_remove(self._queue)
+        rc = -errno.EBADF if self._closed else lib.ik_sysv_queue_remove(self._id)
         if rc < 0:
             self._fail("remove", rc)
         self._member.forget()

@@ -16,10 +16,12 @@
 
 enum { ROOM = 64, MILLISECOND = 1000000 };
 
+static int made; /* the id of the queue of this test */
+
 static int new_id(void) {
-    int id = ik_sysv_queue_get(IPC_PRIVATE, 1, 1, 0600);
-    assert(id >= 0);
-    return id;
+    made = ik_sysv_queue_get(IPC_PRIVATE, 1, 1, 0600);
+    assert(made >= 0);
+    return made;
 }
 
 static ik_sysv_message *new_message(ik_sysv_queue *queue) {
@@ -30,7 +32,7 @@ static ik_sysv_message *new_message(ik_sysv_queue *queue) {
 }
 
 static void drop(ik_sysv_queue *queue, ik_sysv_message *m) {
-    ik_sysv_queue_remove(queue);
+    assert(ik_sysv_queue_remove(made) == 0);
     ik_sysv_queue_free(queue);
     free(m);
 }
