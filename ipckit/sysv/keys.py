@@ -4,6 +4,9 @@
 import errno
 import os
 from collections.abc import Callable
+from typing import Any
+
+from ipckit.errors import check
 
 __all__ = ["Key", "ftok"]
 
@@ -65,6 +68,18 @@ def check_creation(create: bool, exclusive: bool, mode: int) -> None:
         raise ValueError(f"mode must be permissions from 0 to 0o777, not {mode:#o}")
     if exclusive and not create:
         raise ValueError("exclusive=True needs create=True")
+
+
+def check_known(rc: int, what: str) -> int:
+    """As check(); the id was good, so what the kernel doesn't know any more (EINVAL) was removed."""
+    return check(-errno.EIDRM if rc == -errno.EINVAL else rc, what)
+
+
+def change(status: Any, mode: int | None, uid: int | None, gid: int | None) -> None:
+    """Put what is given into what IPC_STAT told, for IPC_SET."""
+    for name, value in (("mode", mode), ("uid", uid), ("gid", gid)):
+        if value is not None:
+            setattr(status, name, value)
 
 
 def find_or_create(

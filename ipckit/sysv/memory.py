@@ -20,7 +20,16 @@ from ipckit import limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.memory import Views, fault_in
-from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
+from ipckit.sysv.keys import (
+    PRIVATE,
+    Key,
+    change,
+    check_creation,
+    check_known,
+    find_or_create,
+    key_of,
+    shown,
+)
 
 __all__ = ["SegmentStat", "SharedMemory", "in_use"]
 
@@ -325,9 +334,7 @@ class SharedMemory(Views):
         self._open()
         rc, status = _status(self._id)
         self._check(rc, "stat of")
-        for name, value in (("mode", mode), ("uid", uid), ("gid", gid)):
-            if value is not None:
-                setattr(status, name, value)
+        change(status, mode, uid, gid)
         self._check(lib.ik_sysv_memory_set(self._id, status), "setting")
         rc, status = _status(self._id)
         if rc == 0 and self._member:  # else the new mode keeps us out, too
@@ -362,5 +369,4 @@ class SharedMemory(Views):
         return type(self).from_id, (self._id, self.readonly)
 
     def _check(self, rc: int, verb: str) -> None:
-        # The id was good, so what the kernel doesn't know any more has been removed.
-        check(-errno.EIDRM if rc == -errno.EINVAL else rc, f"{verb} {self._what}")
+        check_known(rc, f"{verb} {self._what}")

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from ipckit import limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
+from ipckit.sysv.keys import (
+    PRIVATE,
+    Key,
+    change,
+    check_creation,
+    check_known,
+    find_or_create,
+    key_of,
+    shown,
+)
 from ipckit.wait import FOREVER, deadline, remaining
 
 __all__ = ["Semaphore", "SemaphoreStat"]
@@ -283,9 +292,7 @@ class Semaphore:
         """
         check_creation(True, False, mode or 0)
         status = self._found()
-        for name, value in (("mode", mode), ("uid", uid), ("gid", gid)):
-            if value is not None:
-                setattr(status, name, value)
+        change(status, mode, uid, gid)
         self._check(lib.ik_sysv_semaphore_set(self._id, status), "setting")
         self._refresh()
 
@@ -331,5 +338,4 @@ class Semaphore:
             raise Closed(f"{self} is closed")
 
     def _check(self, rc: int, verb: str) -> None:
-        # The id was good, so what the kernel doesn't know any more has been removed.
-        check(-errno.EIDRM if rc == -errno.EINVAL else rc, f"{verb} {self}")
+        check_known(rc, f"{verb} {self}")
