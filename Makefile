@@ -9,7 +9,8 @@ BIN = $(VENV)/bin
 CFLAGS_ALL = -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -Wall -Wextra -Werror -Icsrc
 
 HEADERS = $(wildcard csrc/*.h)
-SOURCES = $(filter-out csrc/hot.c,$(wildcard csrc/*.c))
+SOURCES = $(filter-out csrc/hot%.c,$(wildcard csrc/*.c))
+HOT = $(wildcard csrc/hot*.c)
 OBJECTS = $(SOURCES:csrc/%.c=build/csrc/%.o)
 CTESTS = $(patsubst tests/c/%.c,build/tests/%,$(wildcard tests/c/test_*.c))
 CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
@@ -31,7 +32,7 @@ $(VENV)/bin/python:
 	  || { echo "ipckit needs CPython 3.10 or later; name one: make PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.built: $(VENV)/bin/python pyproject.toml setup.py csrc/build.py csrc/hot.c $(HEADERS) $(SOURCES)
+$(VENV)/.built: $(VENV)/bin/python pyproject.toml setup.py csrc/build.py $(HOT) $(HEADERS) $(SOURCES)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cli]'
 	touch $@
 
@@ -39,7 +40,7 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[cli,dev]'
 	touch $@
 
-$(VENV)/.built-dev: $(VENV)/.dev setup.py csrc/build.py csrc/hot.c $(HEADERS) $(SOURCES)
+$(VENV)/.built-dev: $(VENV)/.dev setup.py csrc/build.py $(HOT) $(HEADERS) $(SOURCES)
 	IPCKIT_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace
 	touch $@ $(VENV)/.built
 

@@ -16,8 +16,8 @@ if not sys.platform.startswith("linux"):
     sys.exit(f"ipckit builds on Linux so far, and this is {sys.platform}")
 
 HERE = Path("csrc")
-HEADERS = sorted(HERE.glob("*.h"))
-SOURCES = sorted(path for path in HERE.glob("*.c") if path.name != "hot.c")
+HEADERS = sorted(path for path in HERE.glob("*.h") if path.name != "hot.h")
+SOURCES = sorted(path for path in HERE.glob("*.c") if not path.name.startswith("hot"))
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("IPCKIT_WERROR") else [])
 
 

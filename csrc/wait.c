@@ -2,9 +2,15 @@
 #include "wait.h"
 
 #include <errno.h>
+#include <linux/futex.h>
 #include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdbool.h>
 #include <stddef.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 int64_t ik_wait_now(void) {
     struct timespec now;
@@ -12,15 +18,21 @@ int64_t ik_wait_now(void) {
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* What is left until the deadline, never below 0. */
+static int64_t nanoseconds_left(int64_t deadline_ns) {
+    int64_t left = deadline_ns == IK_NOW ? 0 : deadline_ns - ik_wait_now();
+    return left < 0 ? 0 : left;
+}
+
+static struct timespec timespec_of(int64_t ns) {
+    return (struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000};
+}
+
 /* What is left until the deadline, as ppoll wants it; NULL waits for ever. */
 static const struct timespec *remaining(int64_t deadline_ns, struct timespec *ret_left) {
     if (deadline_ns == IK_FOREVER)
         return NULL;
-    int64_t left = deadline_ns == IK_NOW ? 0 : deadline_ns - ik_wait_now();
-    if (left < 0)
-        left = 0;
-    ret_left->tv_sec = left / 1000000000;
-    ret_left->tv_nsec = left % 1000000000;
+    *ret_left = timespec_of(nanoseconds_left(deadline_ns));
     return ret_left;
 }
 
@@ -33,4 +45,85 @@ int ik_wait_fd(int fd, int events, int64_t deadline_ns) {
     if (rc == 0)
         return -ETIMEDOUT;
     return one.revents & POLLNVAL ? -EBADF : one.revents;
+}
+
+/* --- spinning -------------------------------------------------------------------------------- */
+
+static void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Who would change the word can't run beside us. */
+static bool is_alone(void) {
+    cpu_set_t own;
+    return sched_getaffinity(0, sizeof own, &own) == 0 && CPU_COUNT(&own) == 1;
+}
+
+/* Spinning that doesn't pay halves down to nothing; then it is tried at every sixteenth wait. */
+static uint32_t spin_budget(ik_spin *spin) {
+    uint32_t turn = spin->waits++;
+    if (turn % 16 == 0 && is_alone())
+        return spin->ns = 0;
+    if (turn == 0)
+        spin->ns = IK_SPIN_LONGEST;
+    return spin->ns == 0 && turn % 16 == 0 ? IK_SPIN_SHORTEST : spin->ns;
+}
+
+int ik_wait_spin(const uint32_t *word, uint32_t seen, ik_spin *spin) {
+    uint32_t budget = spin_budget(spin);
+    if (budget == 0)
+        return 0;
+    int64_t end = ik_wait_now() + budget;
+    do {
+        for (int i = 0; i < 32; i++, relax()) {
+            /* Relaxed: who sees the change reads the word anew, with acquire, before using it. */
+            if (__atomic_load_n(word, __ATOMIC_RELAXED) != seen) {
+                spin->ns = IK_SPIN_LONGEST;
+                return 1;
+            }
+        }
+    } while (ik_wait_now() < end);
+    spin->ns = spin->ns / 2 < IK_SPIN_SHORTEST ? 0 : spin->ns / 2;
+    return 0;
+}
+
+/* --- sleeping -------------------------------------------------------------------------------- */
+
+int ik_wait_word(const uint32_t *word, uint32_t seen, int64_t deadline_ns) {
+    int64_t left = deadline_ns == IK_FOREVER ? IK_SLICE : nanoseconds_left(deadline_ns);
+    if (left == 0)
+        return -ETIMEDOUT;
+    struct timespec time = timespec_of(left < IK_SLICE ? left : IK_SLICE);
+    if (syscall(SYS_futex, word, FUTEX_WAIT, seen, &time, NULL, 0) == 0 || errno == EAGAIN)
+        return 0;
+    if (errno == ETIMEDOUT && left <= IK_SLICE)
+        return -ETIMEDOUT;
+    return errno == ETIMEDOUT ? -EINTR : -errno;
+}
+
+int ik_wake_word(const uint32_t *word, int count) {
+    long woken = syscall(SYS_futex, word, FUTEX_WAKE, count, NULL, NULL, 0);
+    return woken < 0 ? -errno : (int)woken;
+}
+
+/* --- who we are ------------------------------------------------------------------------------ */
+
+static __thread int thread;
+
+static void forget_thread(void) {
+    thread = 0;
+}
+
+__attribute__((constructor)) static void forget_thread_in_children(void) {
+    pthread_atfork(NULL, NULL, forget_thread);
+}
+
+int ik_wait_thread(void) {
+    if (thread == 0)
+        thread = (int)syscall(SYS_gettid);
+    return thread;
 }
