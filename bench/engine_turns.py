@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT
+"""What a contender of bench_engine.py does in one turn: round trips, one way, blocked, killed.
+
+A turn of *count* messages makes its peer, runs the processes and removes it.
+"""
+
+import os
+import random
+import select
+import struct
+import subprocess
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import repeat
+from pathlib import Path
+
+from peers import Call, Peer
+from race import PATIENCE, Failed, Turn, Work, race
+
+from ipckit import process
+
+Make = Callable[[], Peer]
+
+PROGRAM = Path(__file__).parent.parent / "build" / "bench" / "engine"
+TIMED = 100_000  # of the round trips of a turn, so many one by one, at most
+WARM = 10  # messages of each sender before the clock starts
+ASLEEP = 0.5  # ms between two round trips, so that both sides have gone to sleep
+now = time.monotonic_ns
+
+
+@contextmanager
+def made(make: Make) -> Iterator[Peer]:
+    peer = make()
+    try:
+        yield peer
+    finally:
+        peer.remove()
+
+
+def in_c(*arguments: object) -> Turn:
+    """What build/bench/engine does; its third argument is the number of messages."""
+    command = [PROGRAM, *map(str, arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
+    except subprocess.SubprocessError as error:
+        raise Failed(str(error)) from None
+    numbers = array("q", done.stdout)
+    return Turn(numbers[0] / int(str(arguments[2])), numbers[0] / 1e9, numbers[1:])
+
+
+def median(turn: Turn) -> Turn:
+    return turn._replace(value=sorted(turn.samples)[len(turn.samples) // 2])
+
+
+# --- round trips
+
+
+def answer(peer: Peer, count: int) -> Work:
+    def work(ready: Call) -> None:
+        end, data = peer.use(0), bytes(peer.size)
+        send, recv = end.send, end.recv
+        ready()
+        for _ in repeat(None, count):
+            recv()
+            send(data)
+
+    return work
+
+
+def ask(peer: Peer, count: int) -> Work:
+    def work(ready: Call) -> Turn:
+        end, data, timed = peer.use(1), bytes(peer.size), min(count, TIMED)
+        send, recv, stamps = end.send, end.recv, array("q", bytes(8 * (timed + 1)))
+        ready()
+        for _ in repeat(None, WARM):
+            send(data)
+            recv()
+        start = now()
+        for _ in repeat(None, count):
+            send(data)
+            recv()
+        stamps[0] = stop = now()
+        for i in range(1, timed + 1):
+            send(data)
+            recv()
+            stamps[i] = now()
+        samples = array("q", (stamps[i + 1] - stamps[i] for i in range(timed)))
+        return Turn((stop - start) / count, (stop - start) / 1e9, samples)
+
+    return work
+
+
+def ask_asleep(peer: Peer, count: int) -> Work:
+    def work(ready: Call) -> Turn:
+        end, data, samples = peer.use(1), bytes(peer.size), array("q")
+        send, recv, began = end.send, end.recv, now()
+        ready()
+        for _ in repeat(None, WARM + count):
+            time.sleep(ASLEEP / 1e3)
+            start = now()
+            send(data)
+            recv()
+            samples.append(now() - start)
+        return Turn(0, (now() - began) / 1e9, samples[WARM:])
+
+    return work
+
+
+def trip(make: Make, count: int) -> Turn:
+    with made(make) as peer:
+        return race(ask(peer, count), answer(peer, WARM + count + min(count, TIMED)))
+
+
+def trip_asleep(make: Make, count: int) -> Turn:
+    with made(make) as peer:
+        return median(race(ask_asleep(peer, count), answer(peer, WARM + count)))
+
+
+# --- one way
+
+
+def produce(peer: Peer, count: int) -> Work:
+    def work(ready: Call) -> None:
+        send, data = peer.use(0).send, bytes(peer.size)
+        ready()
+        for _ in repeat(None, WARM + count):
+            send(data)
+
+    return work
+
+
+def consume(peer: Peer, count: int, producers: int) -> Work:
+    def work(ready: Call) -> Turn:
+        recv = peer.use(1).recv
+        ready()
+        for _ in repeat(None, WARM * producers):
+            recv()
+        start = now()
+        for _ in repeat(None, count):
+            recv()
+        took = now() - start
+        return Turn(took / count, took / 1e9, array("q"))
+
+    return work
+
+
+def produce_many(peer: Peer, batches: int, batch: int) -> Work:
+    def work(ready: Call) -> None:
+        send_many, messages = peer.use(0).send_many, [bytes(peer.size)] * batch
+        ready()
+        for _ in repeat(None, 1 + batches):
+            send_many(messages)
+
+    return work
+
+
+def consume_many(peer: Peer, batches: int, batch: int) -> Work:
+    def work(ready: Call) -> Turn:
+        recv_many, got, count = peer.use(1).recv_many, 0, batches * batch
+        ready()
+        while got < batch:
+            got += len(recv_many(batch - got))
+        start, got = now(), 0
+        while got < count:
+            got += len(recv_many(batch))
+        took = now() - start
+        return Turn(took / count, took / 1e9, array("q"))
+
+    return work
+
+
+def one_way(make: Make, producers: int, count: int) -> Turn:
+    each = -(-count // producers)
+    with made(make) as peer:
+        return race(consume(peer, each * producers, producers), *[produce(peer, each)] * producers)
+
+
+def in_batches(make: Make, batch: int, count: int) -> Turn:
+    batches = -(-count // batch)
+    with made(make) as peer:
+        return race(consume_many(peer, batches, batch), produce_many(peer, batches, batch))
+
+
+# --- blocked
+
+
+def block(peer: Peer, tell: int) -> None:
+    recv = peer.use(1).recv
+    os.write(tell, b".")
+    recv()
+
+
+def processor_time(pid: int) -> int:
+    """Nanoseconds that all its threads have run."""
+    return sum(int(task.read_text().split()[0]) for task in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+
+
+def blocked(makes: Sequence[Make], seconds: float) -> list[float]:
+    """Percent of a processor that each uses while it waits for a message; all at the same time."""
+    told, tell = os.pipe()
+    with ExitStack() as stack:
+        receivers = []
+        for make in makes:
+            peer = stack.enter_context(made(make))
+            receiver = stack.enter_context(process.fork(block, peer, tell, die_with_parent=True))
+            stack.callback(receiver.wait)
+            stack.callback(receiver.kill)
+            receivers.append(receiver.pid)
+        for _ in makes:
+            os.read(told, 1)
+        time.sleep(seconds / 20)  # they go to sleep
+        before, start = [*map(processor_time, receivers)], now()
+        time.sleep(seconds)
+        after, took = [*map(processor_time, receivers)], now() - start
+    os.close(told)
+    os.close(tell)
+    return [(b - a) / took * 100 for a, b in zip(before, after, strict=True)]
+
+
+# --- killed
+
+
+def stamp_and_send(peer: Peer) -> Work:
+    """The producer that lives: each message says when it was begun."""
+
+    def work(ready: Call) -> None:
+        send = peer.use(0).send
+        ready()
+        while True:
+            send(struct.pack("q56x", now()))
+
+    return work
+
+
+def send_nothings(peer: Peer, _tell: int) -> None:
+    send = peer.use(0).send
+    while True:
+        send(bytes(64))
+
+
+def hold_the_lock(peer: Peer, tell: int) -> None:
+    peer.reserve()
+    os.write(tell, b".")
+    time.sleep(PATIENCE)
+
+
+def until_it_sends(recv: Call, _told: int) -> None:
+    """A message of the victim's, and then some: it is anywhere within a send."""
+    while any(recv()[:8]):
+        pass
+    until = now() + random.randrange(1_000_000)
+    while now() < until:
+        recv()
+
+
+def until_all_wait(recv: Call, told: int) -> None:
+    """It holds the lock, the queue is empty, and so the producer that lives waits for the lock."""
+    while True:
+        try:
+            recv(timeout=0.002)
+        except TimeoutError:
+            if select.select([told], [], [], 0)[0]:
+                os.read(told, 1)
+                return
+
+
+def receive_begun_after(recv: Call, time_ns: int) -> None:
+    while struct.unpack_from("q", recv())[0] < time_ns:
+        pass
+
+
+def kill_again_and_again(peer: Peer, victim: Call, until: Call, kills: int) -> Work:
+    def work(ready: Call) -> Turn:
+        recv, samples = peer.use(1).recv, array("q")
+        told, tell = os.pipe()
+        ready()
+        for _ in range(kills):
+            with process.fork(victim, peer, tell, die_with_parent=True) as child:
+                until(recv, told)
+                start = now()
+                child.kill()
+                receive_begun_after(recv, start if victim is send_nothings else 1)
+                samples.append(now() - start)
+                child.wait()
+            receive_begun_after(recv, now())  # nothing of this victim is left
+        return Turn(0, sum(samples) / 1e9, samples)
+
+    return work
+
+
+def killed_anywhere(make: Make, kills: int) -> Turn:
+    """From the kill of a producer to the receipt of a message that another began after it."""
+    with made(make) as peer:
+        work = kill_again_and_again(peer, send_nothings, until_it_sends, kills)
+        return median(race(work, stamp_and_send(peer), patience=PATIENCE + kills / 10))
+
+
+def killed_holder(make: Make, kills: int) -> Turn:
+    """From the kill of who holds the lock to the receipt of what waited for it."""
+    with made(make) as peer:
+        work = kill_again_and_again(peer, hold_the_lock, until_all_wait, kills)
+        return median(race(work, stamp_and_send(peer), patience=PATIENCE + kills / 10))
