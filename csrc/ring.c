@@ -217,8 +217,8 @@ static bool announce(ik_ring *ring, int side, enum waiting how, uint32_t seen) {
 /* Wait until the other's index is not what was seen. 0, or -ETIMEDOUT, -EINTR, -ECONNRESET. */
 static int wait_for_other(ik_ring *ring, int side, uint32_t seen, int64_t deadline_ns) {
     line *other = &ring->shared->lines[!side];
-    if (deadline_ns == IK_NOW)
-        return -ETIMEDOUT;
+    if (deadline_ns == IK_NOW || deadline_ns == IK_RING_STEP)
+        return deadline_ns == IK_NOW ? -ETIMEDOUT : -EINTR;
     if (ik_wait_spin(word_of(other), seen, &ring->ends[side].other))
         return 0;
     bool in_poll = ring->life >= 0;
@@ -302,11 +302,11 @@ static void mend(ik_ring *ring, int side) {
 
 int ik_ring_enter(ik_ring *ring, int side, int64_t deadline_ns) {
     ik_ring_end *end = &ring->ends[side];
-    bool locked = is_locked(ring, side);
-    int rc = locked ? ik_lock_take(lock_of(ring, side), &end->turn, deadline_ns)
-                    : take_turn(end, deadline_ns);
+    int64_t until = deadline_ns == IK_RING_STEP ? IK_NOW : deadline_ns;
+    int rc = is_locked(ring, side) ? ik_lock_take(lock_of(ring, side), &end->turn, until)
+                                   : take_turn(end, until);
     if (rc < 0)
-        return rc;
+        return rc == -ETIMEDOUT && deadline_ns == IK_RING_STEP ? -EINTR : rc;
     IK_KILLPOINT("ring.entered");
     if (rc == 1)
         mend(ring, side);

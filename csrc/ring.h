@@ -17,6 +17,9 @@
 #pragma once
 #include "lock.h"
 
+/* A deadline for who waits elsewhere: what would wait returns -EINTR instead. */
+enum ik_ring_deadline { IK_RING_STEP = -2 };
+
 enum ik_ring_side { IK_RING_SEND = 0, IK_RING_RECV = 1 };
 enum ik_ring_flags { IK_RING_MANY_SENDERS = 1, IK_RING_MANY_RECEIVERS = 2 };
 /* Bytes before the data, of the smallest data, and of what the memory's address is a multiple of.
