@@ -634,11 +634,12 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
         if (rc != -EINTR || !look_around(ends, "reserve"))
             break;
     }
-    PyObject *part =
-        rc == 0 ? lend(ends, SEND, ik_ring_reserve(ring, (uint64_t)len, &rc), (uint64_t)len)
-                : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
+    void *room = NULL;
+    if (rc == 0 && !(room = ik_ring_reserve(ring, (uint64_t)len, &rc)))
+        ik_ring_leave(ring, SEND); /* closed in this moment */
     unuse(ends);
-    return part;
+    return room ? lend(ends, SEND, room, (uint64_t)len)
+                : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
 }
 
 static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t count) {
