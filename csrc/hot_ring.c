@@ -766,6 +766,7 @@ static int64_t take_some(ends_object *ends, target *into) {
             return rc;
         if (ik_ring_look(ring, &data, &into->size) != 0)
             return take(ends, into, IK_NOW);
+        ends->progress[RECV] = (ik_ring_progress){0};
         if (into->size <= ends->max_message)
             ends->pending = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)into->size);
         if (!ends->pending) {
