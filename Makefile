@@ -6,18 +6,20 @@ PYTHON ?= python3
 VENV ?= .venv
 CC ?= cc
 BIN = $(VENV)/bin
-CFLAGS_ALL = -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -Wall -Wextra -Werror -Icsrc
+BUILD = build
+SANITIZE =
+CFLAGS_ALL = -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -Wall -Wextra -Werror -Icsrc $(SANITIZE)
 
 HEADERS = $(wildcard csrc/*.h)
 SOURCES = $(filter-out csrc/hot%.c,$(wildcard csrc/*.c))
 HOT = $(wildcard csrc/hot*.c)
-OBJECTS = $(SOURCES:csrc/%.c=build/csrc/%.o)
-CTESTS = $(patsubst tests/c/%.c,build/tests/%,$(wildcard tests/c/test_*.c))
+OBJECTS = $(SOURCES:csrc/%.c=$(BUILD)/csrc/%.o)
+CTESTS = $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
 CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof bench-server bench-streams bench-objects bench-engine ctest csrc cbench cpeers lint format docs matrix clean
+.PHONY: demo test proof asan tsan bench-server bench-streams bench-objects bench-engine ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	$(BIN)/ipckit demo
@@ -46,19 +48,19 @@ $(VENV)/.built-dev: $(VENV)/.dev setup.py csrc/build.py $(HOT) $(HEADERS) $(SOUR
 
 # --- the C library without Python, its tests, and the C programs of bench/
 
-csrc: build/libipckit.a
+csrc: $(BUILD)/libipckit.a
 
-build/csrc/%.o: csrc/%.c $(HEADERS)
+$(BUILD)/csrc/%.o: csrc/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(CFLAGS_ALL) -c -o $@ $<
 
-build/libipckit.a: $(OBJECTS)
+$(BUILD)/libipckit.a: $(OBJECTS)
 	rm -f $@
 	ar rcs $@ $^
 
-build/tests/%: tests/c/%.c build/libipckit.a
+$(BUILD)/tests/%: tests/c/%.c $(BUILD)/libipckit.a
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS_ALL) -UNDEBUG -o $@ $< build/libipckit.a -pthread
+	$(CC) $(CFLAGS_ALL) -UNDEBUG -o $@ $< $(BUILD)/libipckit.a -pthread
 
 ctest: $(CTESTS)
 	@for program in $(CTESTS); do \
@@ -66,6 +68,18 @@ ctest: $(CTESTS)
 	  case $$status in 0) echo "ok   $$program";; 77) echo "skip $$program";; \
 	  *) echo "FAIL $$program (status $$status)"; exit 1;; esac; \
 	done
+
+# What the sanitizers find ends the program. TSan sees races between threads only, not between processes,
+# and takes no notice of fences (-Wno-tsan), on which no access rests that isn't atomic itself.
+asan:
+	$(MAKE) ctest BUILD=build/asan SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=all'
+
+tsan:
+	$(MAKE) build/tsan/libipckit.a BUILD=build/tsan SANITIZE='-fsanitize=thread -Wno-tsan'
+	@mkdir -p build/tsan/tests
+	$(CC) $(CFLAGS_ALL) -UNDEBUG -fsanitize=thread -o build/tsan/tests/test_ring \
+	  tests/c/test_ring.c tests/proof/tsan_clocklock.c build/tsan/libipckit.a -pthread
+	TSAN_OPTIONS=halt_on_error=1 build/tsan/tests/test_ring threads
 
 build/bench/%: bench/c/%.c
 	@mkdir -p $(@D)
@@ -90,11 +104,11 @@ cpeers: $(CPEERS)
 lint: $(VENV)/.built-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] tests/c/*.c $(wildcard bench/c/*.c)
+	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] tests/c/*.c tests/proof/*.c $(wildcard bench/c/*.c)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only . ; $(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c $(wildcard bench/c/*.c)
+	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c tests/proof/*.c $(wildcard bench/c/*.c)
 
 proof: $(VENV)/.built-dev ctest cpeers
 	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s -m proof $(PYTEST)

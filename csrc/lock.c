@@ -60,7 +60,7 @@ int ik_lock_take(ik_lock *lock, ik_spin *spin, int64_t deadline_ns) {
     }
     if (rc != EOWNERDEAD)
         return -rc;
-    lock->recoveries++;
+    __atomic_fetch_add(&lock->recoveries, 1, __ATOMIC_RELAXED); /* who has no lock may read it */
     return 1;
 }
 

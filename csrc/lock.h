@@ -29,7 +29,7 @@ void ik_lock_mended(ik_lock *lock);
 /* 0, or -EPERM: this thread does not have it. */
 int ik_lock_release(ik_lock *lock);
 
-/* The thread id of who holds it, alive or dead; 0 for nobody. */
+/* The thread id of who holds it; 0 for nobody, and for one who died. */
 int ik_lock_holder(const ik_lock *lock);
 
 /* How often it was taken from the dead. */

@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <stdbool.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -96,7 +97,9 @@ int ik_ring_create(void *memory, uint64_t size, uint32_t flags, uint32_t max_mes
 }
 
 static bool are_sound(const line *lines, uint64_t capacity) {
-    uint64_t tail = load(&lines[IK_RING_SEND].index), head = load(&lines[IK_RING_RECV].index);
+    /* Acquire: each is loaded after the one before it. */
+    uint64_t tail = __atomic_load_n(&lines[IK_RING_SEND].index, __ATOMIC_ACQUIRE);
+    uint64_t head = __atomic_load_n(&lines[IK_RING_RECV].index, __ATOMIC_ACQUIRE);
     if (load(&lines[IK_RING_SEND].index) != tail)
         return true; /* it is in use; whoever uses it checks */
     return head % 8 == 0 && tail % 8 == 0 && tail - head <= capacity;
@@ -124,7 +127,11 @@ int ik_ring_attach(ik_ring *ring, void *memory, uint64_t size) {
     found.largest = found.capacity / 2 - RECORD;
     found.flags = __atomic_load_n(&shared->flags, __ATOMIC_RELAXED);
     found.max_messages = __atomic_load_n(&shared->max_messages, __ATOMIC_RELAXED);
-    found.ends[IK_RING_SEND].bell = found.ends[IK_RING_RECV].bell = -1;
+    for (int side = 0; side < 2; side++) {
+        found.ends[side].bell = -1;
+        /* Behind or equal to what each end looks for, wherever in 2**64 the indices are. */
+        found.ends[side].seen = load(&shared->lines[IK_RING_RECV].index);
+    }
     if (!is_sound(&found, size))
         return -EBADMSG;
     *ring = found;
@@ -142,9 +149,13 @@ static bool is_locked(const ik_ring *ring, int side) {
     return ring->flags & (side == IK_RING_SEND ? IK_RING_MANY_SENDERS : IK_RING_MANY_RECEIVERS);
 }
 
+/* The bells of a channel are sockets, because a hostile peer can make an eventfd that it shares
+ * block; of what does not come or go at once nothing is wanted. */
 static void ring_bell(int bell) {
     uint64_t one = 1;
-    if (bell >= 0 && write(bell, &one, sizeof one) < 0)
+    if (bell < 0 || send(bell, &one, sizeof one, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
+        return;
+    if (errno == ENOTSOCK && write(bell, &one, sizeof one) < 0)
         return; /* it rings already, or its listener is gone */
 }
 
@@ -176,14 +187,20 @@ static void pass_on(ik_ring *ring, int side) {
 
 static void silence(int bell) {
     char rung[512];
-    while (read(bell, rung, sizeof rung) == (ssize_t)sizeof rung)
-        continue; /* a FIFO may hold more; an eventfd has 8 bytes */
+    /* Not for ever: the other may go on ringing. */
+    for (int i = 0; i < 16; i++) {
+        ssize_t len = recv(bell, rung, sizeof rung, MSG_DONTWAIT);
+        if (len < 0 && errno == ENOTSOCK)
+            len = read(bell, rung, sizeof rung);
+        if (len < (ssize_t)sizeof rung)
+            return;
+    }
 }
 
 /* Sleep in poll, on the bell and the peer's life. Life is asked for last, because what a peer did
  * before its end counts. */
 static int sleep_in_poll(const ik_ring *ring, int side, int64_t deadline_ns) {
-    int64_t left = deadline_ns == IK_FOREVER ? IK_SLICE : deadline_ns - ik_wait_now();
+    int64_t left = deadline_ns == IK_FOREVER ? INT64_MAX : deadline_ns - ik_wait_now();
     if (left <= 0)
         return -ETIMEDOUT;
     struct timespec time = {.tv_nsec = left < IK_SLICE ? left : IK_SLICE};
@@ -217,8 +234,8 @@ static bool announce(ik_ring *ring, int side, enum waiting how, uint32_t seen) {
 /* Wait until the other's index is not what was seen. 0, or -ETIMEDOUT, -EINTR, -ECONNRESET. */
 static int wait_for_other(ik_ring *ring, int side, uint32_t seen, int64_t deadline_ns) {
     line *other = &ring->shared->lines[!side];
-    if (deadline_ns == IK_NOW)
-        return -ETIMEDOUT;
+    if (deadline_ns == IK_NOW || deadline_ns == IK_RING_STEP)
+        return deadline_ns == IK_NOW ? -ETIMEDOUT : -EINTR;
     if (ik_wait_spin(word_of(other), seen, &ring->ends[side].other))
         return 0;
     bool in_poll = ring->life >= 0;
@@ -302,11 +319,11 @@ static void mend(ik_ring *ring, int side) {
 
 int ik_ring_enter(ik_ring *ring, int side, int64_t deadline_ns) {
     ik_ring_end *end = &ring->ends[side];
-    bool locked = is_locked(ring, side);
-    int rc = locked ? ik_lock_take(lock_of(ring, side), &end->turn, deadline_ns)
-                    : take_turn(end, deadline_ns);
+    int64_t until = deadline_ns == IK_RING_STEP ? IK_NOW : deadline_ns;
+    int rc = is_locked(ring, side) ? ik_lock_take(lock_of(ring, side), &end->turn, until)
+                                   : take_turn(end, until);
     if (rc < 0)
-        return rc;
+        return rc == -ETIMEDOUT && deadline_ns == IK_RING_STEP ? -EINTR : rc;
     IK_KILLPOINT("ring.entered");
     if (rc == 1)
         mend(ring, side);
@@ -332,6 +349,12 @@ void ik_ring_leave(ik_ring *ring, int side) {
 
 /* --- committing ------------------------------------------------------------------------------ */
 
+/* Then the one to be woken is who sleeps inside the other end, and not just any sleeper. */
+static bool is_streaming(const ik_ring *ring) {
+    const line *tail = &ring->shared->lines[IK_RING_SEND];
+    return __atomic_load_n(&tail->stream, __ATOMIC_RELAXED) & (SENDING | REWIND);
+}
+
 void ik_ring_commit(ik_ring *ring, int side) {
     ik_ring_end *end = &ring->ends[side];
     line *own = &ring->shared->lines[side];
@@ -344,7 +367,7 @@ void ik_ring_commit(ik_ring *ring, int side) {
     /* See announce(). */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (__atomic_load_n(&own->waiting, __ATOMIC_RELAXED))
-        wake(ring, !side, is_locked(ring, !side) ? 1 : INT_MAX);
+        wake(ring, !side, is_locked(ring, !side) && !is_streaming(ring) ? 1 : INT_MAX);
 }
 
 /* --- sending --------------------------------------------------------------------------------- */
@@ -444,6 +467,11 @@ static void begin_stream(ik_ring *ring, ik_ring_progress *progress) {
     __atomic_store_n(stream_of(ring), id << STATE_BITS | SENDING, __ATOMIC_RELAXED);
 }
 
+/* For between two pieces that did not wait: with a busy peer they might go on for ever. */
+static bool is_over(int64_t deadline_ns) {
+    return deadline_ns > IK_NOW && ik_wait_now() >= deadline_ns;
+}
+
 static uint64_t piece_limit(const ik_ring *ring) {
     uint64_t quarter = ring->capacity / 4, limit = 128 << 10;
     return quarter < limit ? quarter : limit;
@@ -481,6 +509,13 @@ static void begin_again_if_asked(ik_ring *ring, ik_ring_progress *progress) {
         begin_stream(ring, progress);
 }
 
+/* What is larger than the ring could never go through for who doesn't wait at all: so a moment for
+ * each further piece. */
+static int64_t piece_deadline(const ik_ring_progress *progress, int64_t deadline_ns) {
+    bool at_once = deadline_ns == IK_NOW && progress->done > 0;
+    return at_once ? ik_wait_now() + IK_RING_MOMENT : deadline_ns;
+}
+
 static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                        int64_t deadline_ns) {
     if (!progress->inside) {
@@ -495,7 +530,9 @@ static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *da
             int rc = send_piece(ring, progress, data, len);
             if (rc == -EAGAIN)
                 rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)ring->ends[IK_RING_SEND].seen,
-                                    deadline_ns);
+                                    piece_deadline(progress, deadline_ns));
+            else if (rc == 0 && progress->done < len && is_over(deadline_ns))
+                rc = -ETIMEDOUT;
             if (rc == -EINTR)
                 return rc;
             if (rc < 0) {
@@ -509,24 +546,36 @@ static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *da
     return 0;
 }
 
+/* Entered, and there was room: copy into it, and leave. The end may have been shut meanwhile. */
+static int put(ik_ring *ring, const void *data, uint64_t len) {
+    int rc = 0;
+    void *room = ik_ring_reserve(ring, len, &rc);
+    if (room) {
+        memcpy(room, data, len);
+        ik_ring_stage(ring, len);
+        ik_ring_commit(ring, IK_RING_SEND);
+    }
+    ik_ring_leave(ring, IK_RING_SEND);
+    return rc;
+}
+
 int ik_ring_send(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                  int64_t deadline_ns) {
     if (len > ring->largest)
         return send_stream(ring, progress, data, len, deadline_ns);
-    int rc = ik_ring_wait_room(ring, len, deadline_ns);
-    if (rc < 0)
-        return rc;
-    memcpy(ik_ring_reserve(ring, len, &rc), data, len);
-    ik_ring_stage(ring, len);
-    ik_ring_commit(ring, IK_RING_SEND);
-    ik_ring_leave(ring, IK_RING_SEND);
-    return 0;
+    int rc;
+    do {
+        rc = ik_ring_wait_room(ring, len, deadline_ns);
+        if (rc == 0)
+            rc = put(ring, data, len);
+    } while (rc == -EAGAIN);
+    return rc;
 }
 
 /* --- receiving ------------------------------------------------------------------------------- */
 
 /* The header at our index, read once: its kind and length. The payload is all within what was
- * committed and within the ring, or it is -EBADMSG. */
+ * committed and within the ring, and a gap goes to its end, or it is -EBADMSG. */
 static int read_header(const ik_ring *ring, uint64_t *ret_len, uint32_t *ret_id) {
     const ik_ring_end *end = &ring->ends[IK_RING_RECV];
     uint64_t offset = end->at & (ring->capacity - 1);
@@ -534,6 +583,8 @@ static int read_header(const ik_ring *ring, uint64_t *ret_len, uint32_t *ret_id)
     uint64_t len = header & (((uint64_t)1 << LENGTH_BITS) - 1), size = record_size(len);
     int kind = header >> LENGTH_BITS & ((1 << KIND_BITS) - 1);
     if (size > end->seen - end->at || size > ring->capacity - offset)
+        return -EBADMSG;
+    if (kind == GAP && size != ring->capacity - offset)
         return -EBADMSG;
     *ret_len = len;
     *ret_id = (uint32_t)(header >> (LENGTH_BITS + KIND_BITS));
@@ -547,15 +598,16 @@ static const unsigned char *payload(const ik_ring *ring) {
 /* 0 if there are records; -EAGAIN, -ENODATA, -EBADMSG. */
 static int find_records(ik_ring *ring) {
     ik_ring_end *end = &ring->ends[IK_RING_RECV];
-    const uint64_t *tail = &ring->shared->lines[IK_RING_SEND].index;
-    if ((int64_t)(end->seen - end->at) > 0)
+    /* Also `at` was read from the memory: a distance that can't be is not believed. */
+    if (end->seen - end->at - 1 < ring->capacity)
         return 0;
     bool closed = is_closed(ring, IK_RING_SEND);
     /* Acquire: the records up to the index are seen. */
-    end->seen = __atomic_load_n(tail, __ATOMIC_ACQUIRE);
-    if (end->seen == end->at)
-        return closed ? -ENODATA : -EAGAIN;
-    return end->seen - end->at > ring->capacity || end->seen % 8 ? -EBADMSG : 0;
+    uint64_t tail = __atomic_load_n(&ring->shared->lines[IK_RING_SEND].index, __ATOMIC_ACQUIRE);
+    if (tail - end->at > ring->capacity || tail % 8)
+        return -EBADMSG;
+    end->seen = tail;
+    return tail != end->at ? 0 : closed ? -ENODATA : -EAGAIN;
 }
 
 static void skip(ik_ring *ring, uint64_t len) {
@@ -571,10 +623,12 @@ static bool rewind_stream(ik_ring *ring, uint32_t id) {
 
 /* A piece whose beginning went with a receiver that died or gave up. */
 static void skip_orphan(ik_ring *ring, int kind, uint64_t len, uint32_t id) {
+    bool alone = ring->ends[IK_RING_RECV].staged == 0;
     rewind_stream(ring, id);
     skip(ring, len);
-    ring->ends[IK_RING_RECV].staged = kind == LAST;
-    ik_ring_commit(ring, IK_RING_RECV);
+    ring->ends[IK_RING_RECV].staged += kind == LAST;
+    if (alone) /* else the caller has not yet said that what it staged is done */
+        ik_ring_commit(ring, IK_RING_RECV);
 }
 
 int ik_ring_look(ik_ring *ring, const void **ret_data, uint64_t *ret_len) {
@@ -645,8 +699,8 @@ static int recv_piece(ik_ring *ring, ik_ring_progress *progress, void *buffer, u
     if (kind < 0)
         return kind == -ENODATA ? -ECONNABORTED : kind;
     uint64_t extra = progress->inside ? 0 : sizeof total;
-    if (kind != (progress->inside ? kind : FIRST) || size < extra)
-        return -EBADMSG;
+    if (kind != (progress->inside ? kind : FIRST) || size <= extra)
+        return -EBADMSG; /* also a piece of nothing, of which there could be any number */
     if (progress->inside && ((kind != MORE && kind != LAST) || id != progress->stream))
         return -ECONNABORTED; /* something else came: its sender gave up */
     memcpy(&total, payload(ring), extra);
@@ -656,7 +710,7 @@ static int recv_piece(ik_ring *ring, ik_ring_progress *progress, void *buffer, u
     memcpy((char *)buffer + progress->done, payload(ring) + extra, size - extra);
     *progress = (ik_ring_progress){progress->done + size - extra, id, 1};
     skip(ring, size);
-    ring->ends[IK_RING_RECV].staged = kind == LAST;
+    ring->ends[IK_RING_RECV].staged += kind == LAST;
     ik_ring_commit(ring, IK_RING_RECV);
     return kind == LAST;
 }
@@ -678,7 +732,8 @@ static int wait_for_piece(ik_ring *ring, ik_ring_progress *progress, int64_t dea
     ik_ring_end *end = &ring->ends[IK_RING_RECV];
     if (!is_being_sent(ring, progress))
         return load(&ring->shared->lines[IK_RING_SEND].index) == end->seen ? -ECONNABORTED : 0;
-    int rc = wait_for_other(ring, IK_RING_RECV, (uint32_t)end->seen, deadline_ns);
+    int rc = wait_for_other(ring, IK_RING_RECV, (uint32_t)end->seen,
+                            piece_deadline(progress, deadline_ns));
     if (rc == -EINTR)
         look_after_sender(ring);
     if (rc < 0 && !is_being_sent(ring, progress))
@@ -694,6 +749,8 @@ int ik_ring_recv_stream(ik_ring *ring, ik_ring_progress *progress, void *buffer,
         int rc = recv_piece(ring, progress, buffer, len);
         if (rc == -EAGAIN)
             rc = wait_for_piece(ring, progress, deadline_ns);
+        else if (rc == 0 && is_over(deadline_ns) && rewind_stream(ring, progress->stream))
+            rc = -ETIMEDOUT;
         if (rc == -EINTR)
             return rc;
         if (rc != 0) {

@@ -63,14 +63,21 @@ static bool is_alone(void) {
     return sched_getaffinity(0, sizeof own, &own) == 0 && CPU_COUNT(&own) == 1;
 }
 
+/* Threads may wait at one end at a time. What they learn from each other need not be exact. */
+static void set_spin(ik_spin *spin, uint32_t ns) {
+    __atomic_store_n(&spin->ns, ns, __ATOMIC_RELAXED);
+}
+
 /* Spinning that doesn't pay halves down to nothing; then it is tried at every sixteenth wait. */
 static uint32_t spin_budget(ik_spin *spin) {
-    uint32_t turn = spin->waits++;
+    uint32_t turn = __atomic_load_n(&spin->waits, __ATOMIC_RELAXED);
+    uint32_t ns = turn == 0 ? IK_SPIN_LONGEST : __atomic_load_n(&spin->ns, __ATOMIC_RELAXED);
+    __atomic_store_n(&spin->waits, turn + 1, __ATOMIC_RELAXED);
     if (turn % 16 == 0 && is_alone())
-        return spin->ns = 0;
-    if (turn == 0)
-        spin->ns = IK_SPIN_LONGEST;
-    return spin->ns == 0 && turn % 16 == 0 ? IK_SPIN_SHORTEST : spin->ns;
+        set_spin(spin, ns = 0);
+    else if (ns == 0 && turn % 16 == 0)
+        ns = IK_SPIN_SHORTEST;
+    return ns;
 }
 
 int ik_wait_spin(const uint32_t *word, uint32_t seen, ik_spin *spin) {
@@ -82,19 +89,19 @@ int ik_wait_spin(const uint32_t *word, uint32_t seen, ik_spin *spin) {
         for (int i = 0; i < 32; i++, relax()) {
             /* Relaxed: who sees the change reads the word anew, with acquire, before using it. */
             if (__atomic_load_n(word, __ATOMIC_RELAXED) != seen) {
-                spin->ns = IK_SPIN_LONGEST;
+                set_spin(spin, IK_SPIN_LONGEST);
                 return 1;
             }
         }
     } while (ik_wait_now() < end);
-    spin->ns = spin->ns / 2 < IK_SPIN_SHORTEST ? 0 : spin->ns / 2;
+    set_spin(spin, budget / 2 < IK_SPIN_SHORTEST ? 0 : budget / 2);
     return 0;
 }
 
 /* --- sleeping -------------------------------------------------------------------------------- */
 
 int ik_wait_word(const uint32_t *word, uint32_t seen, int64_t deadline_ns) {
-    int64_t left = deadline_ns == IK_FOREVER ? IK_SLICE : nanoseconds_left(deadline_ns);
+    int64_t left = deadline_ns == IK_FOREVER ? INT64_MAX : nanoseconds_left(deadline_ns);
     if (left == 0)
         return -ETIMEDOUT;
     struct timespec time = timespec_of(left < IK_SLICE ? left : IK_SLICE);

@@ -14,6 +14,7 @@ The rooms, lowest first; each imports only from those before it:
     limits      the kernel's limits on named objects, and how to raise them
     registry    who made and who uses what has a name in the kernel
     memory      shared memory: a sealed memfd, or a named file; views pin it; numpy
+    ring        a ring of messages in shared memory: the engine
     sysv        System V message queues, shared memory and semaphores, by key or id
     posix       POSIX message queues, semaphores and shared memory, by name
     inventory   what has a name on this machine, who uses it, what is orphaned
@@ -45,6 +46,8 @@ from ipckit.process import die_with_parent as die_with_parent
 from ipckit.process import fork as fork
 from ipckit.process import fork_native as fork_native
 from ipckit.process import wait_any as wait_any
+from ipckit.ring import Ring as Ring
+from ipckit.ring import RingStats as RingStats
 from ipckit.signals import SA_NOCLDSTOP as SA_NOCLDSTOP
 from ipckit.signals import SA_NOCLDWAIT as SA_NOCLDWAIT
 from ipckit.signals import SA_NODEFER as SA_NODEFER

@@ -37,6 +37,16 @@ def a_system_v_queue():
     return queue, sysv.MessageQueue.from_id(queue.id), lambda: remove(sysv.MessageQueue.from_id(queue.id))
 
 
+def a_ring():
+    ring = ipckit.Ring(8192)
+    return ring, ring, lambda: None
+
+
+def a_ring_of_many():
+    ring = ipckit.Ring(8192, many_senders=True, many_receivers=True)
+    return ring, ring, lambda: None
+
+
 def remove(queue):
     with queue:
         queue.unlink() if isinstance(queue, posix.MessageQueue) else queue.remove()
@@ -47,6 +57,8 @@ ENDPOINTS = {
     "duplex": a_duplex,
     "POSIX queue": a_posix_queue,
     "System V queue": a_system_v_queue,
+    "ring": a_ring,
+    "ring of many": a_ring_of_many,
 }
 
 

@@ -1,0 +1,1071 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * hot_ring.c - ipckit._hot.Ends: the verbs of whatever sends into one ring and receives from one,
+ * which may be the same.
+ *
+ * A call first tries with the GIL held; only to wait, or to copy much, is it dropped. Who is inside
+ * an end excludes the others by the end itself (ring.h), so no other lock is needed here. What goes
+ * wrong is told to the Python method _fail(rc, verb, size, limit), which raises; after each slice
+ * of a wait _lull() may look around, if there is one.
+ */
+#include <errno.h>
+#include <math.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "hot.h"
+#include "ring.h"
+
+enum { SEND = IK_RING_SEND, RECV = IK_RING_RECV };
+
+/* Bytes for which the GIL isn't worth dropping; messages in one commit, and in one call. */
+enum { AT_ONCE = 32768, IN_A_ROW = 64, AT_MOST = 1024 };
+
+/* Whose bells: ours for what comes and for room, the other's, and the other's life. */
+enum { DATA, ROOM, THEIR_DATA, THEIR_ROOM, LIFE, BELLS };
+
+typedef struct {
+    PyObject_HEAD ik_ring rings[2]; /* into which we send, from which we receive */
+    PyObject *views[2];             /* of their memory, which they keep there; NULL: closed */
+    PyObject *loans[2];             /* of the end: the view that reserve() or peek() gave */
+    uint64_t loaned[2];             /* its bytes */
+    int lender[2];                  /* the thread that is inside for it, or 0 */
+    ik_ring_progress progress[2]; /* of a long message by asyncio, which waits between the steps */
+    PyObject *sending, *pending;  /* those */
+    PyObject *kept;   /* received whole by a call that raised: the next call returns it */
+    int bells[BELLS]; /* which are ours; -1: none */
+    uint64_t max_message;
+    int users;      /* calls that dropped the GIL: the memory stays until they are back */
+    bool closed;    /* also before there is a ring */
+    bool listening; /* somebody polls our bell */
+    bool lulls;     /* there is a _lull() */
+} ends_object;
+
+static ends_object *ends_of(PyObject *self) {
+    return (ends_object *)self;
+}
+
+/* --- arguments ------------------------------------------------------------------------------- */
+
+static bool read_seconds(PyObject *value, double *ret_seconds) {
+    if (value == Py_None)
+        return true;
+    *ret_seconds = PyFloat_AsDouble(value);
+    if (PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return false;
+        PyErr_Clear();
+        *ret_seconds = INFINITY;
+    }
+    if (*ret_seconds >= 0)
+        return true;
+    PyErr_Format(PyExc_ValueError, "timeout must be None or a number of seconds >= 0, not %R",
+                 value);
+    return false;
+}
+
+/* The one keyword of all verbs. Infinite: for ever. */
+static bool read_timeout(const char *verb, PyObject *const *values, PyObject *names,
+                         double *ret_seconds) {
+    *ret_seconds = INFINITY;
+    Py_ssize_t count = names ? PyTuple_GET_SIZE(names) : 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *name = PyTuple_GET_ITEM(names, i);
+        if (PyUnicode_CompareWithASCIIString(name, "timeout") != 0) {
+            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument %R", verb, name);
+            return false;
+        }
+        if (!read_seconds(values[i], ret_seconds))
+            return false;
+    }
+    return true;
+}
+
+static bool read_call(ends_object *ends, const char *verb, PyObject *const *args, Py_ssize_t count,
+                      Py_ssize_t least, Py_ssize_t most, PyObject *names, double *ret_seconds) {
+    if (count < least || count > most) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd positional arguments, not %zd", verb, most,
+                     count);
+        return false;
+    }
+    if (!read_timeout(verb, args + count, names, ret_seconds))
+        return false;
+    if (!ends->closed)
+        return true;
+    Py_XDECREF(PyObject_CallMethod((PyObject *)ends, "_fail", "isKK", -EBADF, verb, 0ull, 0ull));
+    return false;
+}
+
+/* The clock is read only by who waits. */
+static int64_t deadline_after(double seconds) {
+    if (seconds == 0)
+        return IK_NOW;
+    return seconds < 3e9 ? ik_wait_now() + (int64_t)(seconds * 1e9) : IK_FOREVER;
+}
+
+/* --- failing and looking around -------------------------------------------------------------- */
+
+/* Always NULL. */
+static PyObject *fail(ends_object *ends, int64_t rc, const char *verb, uint64_t size,
+                      uint64_t limit) {
+    if (rc == -EINTR && PyErr_Occurred())
+        return NULL;
+    PyObject *none =
+        PyObject_CallMethod((PyObject *)ends, "_fail", "isKK", ends->closed ? -EBADF : (int)rc,
+                            verb, (unsigned long long)size, (unsigned long long)limit);
+    if (none) {
+        PyErr_Format(PyExc_SystemError, "%s: _fail(%d) returned", verb, (int)rc);
+        Py_DECREF(none);
+    }
+    return NULL;
+}
+
+/* After a signal or a slice. False with an exception, or if the object was closed meanwhile. */
+static bool look_around(ends_object *ends, const char *verb) {
+    if (PyErr_CheckSignals() < 0 || ends->closed)
+        return false;
+    if (!ends->lulls)
+        return true;
+    PyObject *none = PyObject_CallMethod((PyObject *)ends, "_lull", "s", verb);
+    Py_XDECREF(none);
+    return none && !ends->closed;
+}
+
+/* The memory and the bells go with the last who uses them. */
+static void use(ends_object *ends) {
+    ends->users++;
+}
+
+static void drop_views(ends_object *ends) {
+    for (int i = 0; i < BELLS; i++) {
+        bool again = false; /* one ring has the same bells in both */
+        for (int before = 0; before < i; before++)
+            again |= ends->bells[before] == ends->bells[i];
+        if (ends->bells[i] >= 0 && !again)
+            close(ends->bells[i]);
+    }
+    memset(ends->bells, -1, sizeof ends->bells);
+    for (int side = 0; side < 2; side++)
+        Py_CLEAR(ends->views[side]);
+}
+
+static void unuse(ends_object *ends) {
+    if (--ends->users == 0 && ends->closed)
+        drop_views(ends);
+}
+
+#define WITHOUT_GIL(ends, statement)                                                               \
+    do {                                                                                           \
+        use(ends);                                                                                 \
+        Py_BEGIN_ALLOW_THREADS;                                                                    \
+        statement;                                                                                 \
+        Py_END_ALLOW_THREADS;                                                                      \
+        unuse(ends);                                                                               \
+    } while (0)
+
+/* --- sending --------------------------------------------------------------------------------- */
+
+static int send_waiting(ends_object *ends, const void *data, uint64_t len, double seconds) {
+    int64_t deadline_ns = deadline_after(seconds);
+    ik_ring_progress progress = {0};
+    int rc;
+    use(ends);
+    do {
+        WITHOUT_GIL(ends, rc = ik_ring_send(&ends->rings[SEND], &progress, data, len, deadline_ns));
+    } while (rc == -EINTR && look_around(ends, "send"));
+    if (rc == -EINTR)
+        ik_ring_give_up(&ends->rings[SEND], SEND, &progress);
+    unuse(ends);
+    return rc;
+}
+
+static int send_bytes(ends_object *ends, const void *data, uint64_t len, double seconds) {
+    int rc = -ETIMEDOUT;
+    ik_ring_progress progress = {0};
+    if (len > ends->max_message)
+        return -EMSGSIZE;
+    if (len <= AT_ONCE && len <= ends->rings[SEND].largest)
+        rc = ik_ring_send(&ends->rings[SEND], &progress, data, len, IK_NOW);
+    else if (seconds == 0)
+        WITHOUT_GIL(ends, rc = ik_ring_send(&ends->rings[SEND], &progress, data, len, IK_NOW));
+    return rc == -ETIMEDOUT && seconds > 0 ? send_waiting(ends, data, len, seconds) : rc;
+}
+
+static PyObject *ends_send(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                           PyObject *names) {
+    ends_object *ends = ends_of(self);
+    double seconds;
+    Py_buffer data;
+    int rc;
+    if (!read_call(ends, "send", args, count, 1, 1, names, &seconds))
+        return NULL;
+    if (PyBytes_CheckExact(args[0])) {
+        data.len = PyBytes_GET_SIZE(args[0]);
+        rc = send_bytes(ends, PyBytes_AS_STRING(args[0]), (uint64_t)data.len, seconds);
+    } else {
+        if (PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE) < 0)
+            return NULL;
+        rc = send_bytes(ends, data.buf, (uint64_t)data.len, seconds);
+        PyBuffer_Release(&data);
+    }
+    return rc < 0 ? fail(ends, rc, "send", (uint64_t)data.len, ends->max_message)
+                  : Py_NewRef(Py_None);
+}
+
+/* All are bytes-like and none is too large, or an exception. */
+static bool can_be_sent(ends_object *ends, PyObject *messages) {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(messages); i++) {
+        PyObject *message = PyTuple_GET_ITEM(messages, i);
+        Py_ssize_t len = PyBytes_Size(message);
+        if (len < 0) {
+            Py_buffer data;
+            PyErr_Clear();
+            if (PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0)
+                return false;
+            len = data.len;
+            PyBuffer_Release(&data);
+        }
+        if ((uint64_t)len > ends->max_message) {
+            fail(ends, -EMSGSIZE, "send_many", (uint64_t)len, ends->max_message);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Stage one; the end is entered. 0, or -EAGAIN and so on, as ik_ring_reserve(). */
+static int stage_one(ik_ring *ring, PyObject *message) {
+    int rc = 0;
+    Py_buffer data;
+    if (PyBytes_Check(message)) {
+        void *room = ik_ring_reserve(ring, (uint64_t)PyBytes_GET_SIZE(message), &rc);
+        if (room)
+            memcpy(room, PyBytes_AS_STRING(message), (size_t)PyBytes_GET_SIZE(message));
+        if (room)
+            ik_ring_stage(ring, (uint64_t)PyBytes_GET_SIZE(message));
+        return rc;
+    }
+    if (PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0)
+        return -EINTR; /* with an exception */
+    void *room = ik_ring_reserve(ring, (uint64_t)data.len, &rc);
+    if (room)
+        memcpy(room, data.buf, (size_t)data.len);
+    if (room)
+        ik_ring_stage(ring, (uint64_t)data.len);
+    PyBuffer_Release(&data);
+    return rc;
+}
+
+/* Send what has room, from the first on. How many; 0 with *ret_error for what hinders the next. */
+static Py_ssize_t send_row(ends_object *ends, PyObject *messages, Py_ssize_t first,
+                           int *ret_error) {
+    ik_ring *ring = &ends->rings[SEND];
+    Py_ssize_t done = first;
+    int rc = ik_ring_enter(ring, SEND, IK_NOW);
+    if (rc == 0) {
+        while (done < PyTuple_GET_SIZE(messages) && done - first < AT_MOST && rc == 0) {
+            rc = stage_one(ring, PyTuple_GET_ITEM(messages, done));
+            done += rc == 0;
+            if (rc != 0 || (done - first) % IN_A_ROW == 0)
+                ik_ring_commit(ring, SEND);
+        }
+        ik_ring_commit(ring, SEND);
+        ik_ring_leave(ring, SEND);
+    }
+    *ret_error = rc;
+    return done - first;
+}
+
+/* One that must wait for its turn or its room, or is long. */
+static int send_slowly(ends_object *ends, PyObject *message, int64_t deadline_ns) {
+    Py_buffer data;
+    if (PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0)
+        return -EINTR;
+    double left = deadline_ns == IK_FOREVER ? INFINITY
+                  : deadline_ns == IK_NOW   ? 0
+                                            : (double)(deadline_ns - ik_wait_now()) / 1e9;
+    int rc = send_bytes(ends, data.buf, (uint64_t)data.len, left < 0 ? 0 : left);
+    PyBuffer_Release(&data);
+    return rc;
+}
+
+static PyObject *send_all(ends_object *ends, PyObject *messages, double seconds) {
+    int64_t deadline_ns = deadline_after(seconds);
+    Py_ssize_t done = 0, total = PyTuple_GET_SIZE(messages);
+    int rc = 0;
+    while (done < total && (rc >= 0 || rc == -EAGAIN) && !ends->closed) {
+        done += send_row(ends, messages, done, &rc);
+        if (done < total && rc < 0 && rc != -EPIPE && rc != -EBADMSG && !PyErr_Occurred()) {
+            rc = send_slowly(ends, PyTuple_GET_ITEM(messages, done), deadline_ns);
+            done += rc == 0;
+        } else if (rc == 0) { /* a row is full: others may have the GIL for a moment */
+            WITHOUT_GIL(ends, (void)0);
+        }
+    }
+    if (PyErr_Occurred() || (rc < 0 && done == 0 && total > 0))
+        return fail(ends, rc, "send_many", 0, ends->max_message);
+    return PyLong_FromSsize_t(done);
+}
+
+static PyObject *ends_send_many(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                PyObject *names) {
+    ends_object *ends = ends_of(self);
+    double seconds;
+    if (!read_call(ends, "send_many", args, count, 1, 1, names, &seconds))
+        return NULL;
+    PyObject *result = NULL, *messages = PySequence_Tuple(args[0]); /* nobody else changes it */
+    if (messages && can_be_sent(ends, messages))
+        result = send_all(ends, messages, seconds);
+    Py_XDECREF(messages);
+    return result;
+}
+
+/* --- receiving: into a new bytes object, or a buffer of the caller's ---------------------------
+ */
+
+typedef struct {
+    PyObject *bytes; /* made when the length is known, if there is no buffer */
+    char *buffer;
+    uint64_t size;
+} target;
+
+static char *memory_for(target *into, uint64_t len) {
+    if (into->buffer)
+        return into->buffer;
+    into->bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)len);
+    return into->bytes ? PyBytes_AS_STRING(into->bytes) : NULL;
+}
+
+/* A handler raised amid a long message. If all of it is there, its sender thinks it received, so it
+ * is kept; else it will be sent again. */
+static void give_up_receiving(ends_object *ends, char *memory, uint64_t len,
+                              ik_ring_progress *progress) {
+    ik_ring *ring = &ends->rings[RECV];
+    PyObject *kind, *value, *trace;
+    if (ik_ring_recv_stream(ring, progress, memory, len, IK_RING_STEP) != 0) {
+        ik_ring_give_up(ring, RECV, progress);
+        return;
+    }
+    PyErr_Fetch(&kind, &value, &trace);
+    ends->kept = PyBytes_FromStringAndSize(memory, (Py_ssize_t)len);
+    PyErr_Restore(kind, value, trace);
+}
+
+/* Receive the long message at which we are, and leave. */
+static int take_stream(ends_object *ends, target *into, uint64_t len, int64_t deadline_ns) {
+    ik_ring *ring = &ends->rings[RECV];
+    ik_ring_progress progress = {0};
+    char *memory = memory_for(into, len);
+    int rc = -EINTR; /* with an exception */
+    if (!memory) {
+        ik_ring_leave(ring, RECV);
+        return rc;
+    }
+    do {
+        WITHOUT_GIL(ends, rc = ik_ring_recv_stream(ring, &progress, memory, len, deadline_ns));
+    } while (rc == -EINTR && look_around(ends, "recv"));
+    if (rc == -EINTR)
+        give_up_receiving(ends, memory, len, &progress);
+    if (rc < 0)
+        Py_CLEAR(into->bytes);
+    return rc;
+}
+
+static void copy(ends_object *ends, void *to, const void *from, uint64_t len) {
+    if (len <= AT_ONCE)
+        memcpy(to, from, len);
+    else
+        WITHOUT_GIL(ends, memcpy(to, from, len));
+}
+
+/* Take the next message and leave; the end is entered. Its length; -EAGAIN: there is none. */
+static int64_t take(ends_object *ends, target *into, int64_t deadline_ns) {
+    ik_ring *ring = &ends->rings[RECV];
+    const void *data;
+    uint64_t len;
+    int rc = ik_ring_look(ring, &data, &len);
+    if (rc >= 0 && (len > ends->max_message || (into->buffer && len > into->size))) {
+        into->size = len; /* for the error */
+        rc = -EMSGSIZE;
+    }
+    if (rc == 0) {
+        rc = take_stream(ends, into, len, deadline_ns);
+        return rc < 0 ? rc : (int64_t)len;
+    }
+    char *memory = rc > 0 ? memory_for(into, len) : NULL;
+    if (memory) {
+        copy(ends, memory, data, len);
+        ik_ring_step(ring, len);
+        ik_ring_commit(ring, RECV);
+    }
+    ik_ring_leave(ring, RECV);
+    return rc < 0 ? rc : memory ? (int64_t)len : -EINTR;
+}
+
+static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
+    int64_t rc, deadline_ns = deadline_after(seconds);
+    use(ends);
+    do {
+        WITHOUT_GIL(ends, rc = ik_ring_wait_message(&ends->rings[RECV], deadline_ns));
+        if (rc == 0)
+            rc = take(ends, into, deadline_ns);
+        if (rc == -EINTR && (PyErr_Occurred() || !look_around(ends, "recv")))
+            break;
+    } while (rc == -EINTR || rc == -EAGAIN || rc == -ECONNABORTED);
+    unuse(ends);
+    return rc;
+}
+
+static int64_t take_kept(ends_object *ends, target *into) {
+    uint64_t len = (uint64_t)PyBytes_GET_SIZE(ends->kept);
+    if (into->buffer && len > into->size) {
+        into->size = len;
+        return -EMSGSIZE;
+    }
+    if (into->buffer)
+        memcpy(into->buffer, PyBytes_AS_STRING(ends->kept), len);
+    else
+        into->bytes = Py_NewRef(ends->kept);
+    Py_CLEAR(ends->kept);
+    return (int64_t)len;
+}
+
+static int64_t take_now(ends_object *ends, target *into) {
+    if (ends->kept)
+        return take_kept(ends, into);
+    int64_t rc = ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW);
+    return rc == 0 ? take(ends, into, IK_NOW) : rc;
+}
+
+/* For who polls: the bell is silent if, and only if, there is nothing. */
+static bool keep_listening(ends_object *ends) {
+    bool rings = ends->listening && ik_ring_listen(&ends->rings[RECV], RECV);
+    if (ends->listening && ends->kept)
+        ik_ring_wake(&ends->rings[RECV], RECV);
+    return rings || ends->kept;
+}
+
+static bool is_not_yet(int64_t rc) {
+    return rc == -EAGAIN || rc == -ETIMEDOUT || rc == -ECONNABORTED;
+}
+
+static int64_t receive(ends_object *ends, target *into, double seconds) {
+    int64_t rc = take_now(ends, into);
+    if (is_not_yet(rc))
+        rc = seconds > 0 ? take_waiting(ends, into, seconds) : -ETIMEDOUT;
+    if (!ends->closed)
+        keep_listening(ends);
+    return rc;
+}
+
+static PyObject *ends_recv(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                           PyObject *names) {
+    ends_object *ends = ends_of(self);
+    double seconds;
+    target into = {0};
+    if (!read_call(ends, "recv", args, count, 0, 0, names, &seconds))
+        return NULL;
+    int64_t rc = receive(ends, &into, seconds);
+    return rc >= 0 ? into.bytes : fail(ends, rc, "recv", into.size, ends->max_message);
+}
+
+static PyObject *ends_recv_into(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                PyObject *names) {
+    ends_object *ends = ends_of(self);
+    double seconds;
+    Py_buffer room;
+    if (!read_call(ends, "recv_into", args, count, 1, 1, names, &seconds))
+        return NULL;
+    if (PyObject_GetBuffer(args[0], &room, PyBUF_WRITABLE) < 0) {
+        if (PyObject_CheckBuffer(args[0])) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_TypeError, "recv_into: can't write into read-only %s",
+                         Py_TYPE(args[0])->tp_name);
+        }
+        return NULL;
+    }
+    target into = {.buffer = room.buf ? room.buf : "", .size = (uint64_t)room.len};
+    int64_t rc = receive(ends, &into, seconds);
+    uint64_t limit =
+        (uint64_t)room.len < ends->max_message ? (uint64_t)room.len : ends->max_message;
+    PyBuffer_Release(&room);
+    return rc < 0 ? fail(ends, rc, "recv_into", into.size, limit) : PyLong_FromLongLong(rc);
+}
+
+/* Add those that are whole and there to the list; the end is entered. NULL: no memory, and then
+ * none is taken. */
+static PyObject *take_row(ends_object *ends, PyObject *list, Py_ssize_t most) {
+    ik_ring *ring = &ends->rings[RECV];
+    const void *data;
+    uint64_t len;
+    while (list && PyList_GET_SIZE(list) < most && ik_ring_look(ring, &data, &len) == 1 &&
+           len <= ends->max_message) {
+        PyObject *message = PyBytes_FromStringAndSize(data, (Py_ssize_t)len);
+        if (!message || PyList_Append(list, message) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(message);
+        ik_ring_step(ring, len);
+    }
+    if (list && PyList_GET_SIZE(list))
+        ik_ring_commit(ring, RECV);
+    ik_ring_leave(ring, RECV);
+    return list;
+}
+
+/* At least one, or NULL with an exception. */
+static PyObject *receive_row(ends_object *ends, Py_ssize_t most, double seconds) {
+    PyObject *list = PyList_New(0);
+    if (list && !ends->kept && ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
+        list = take_row(ends, list, most);
+    if (!list || PyList_GET_SIZE(list))
+        return list;
+    target into = {0};
+    int64_t rc = receive(ends, &into, seconds);
+    if (rc < 0) {
+        Py_DECREF(list);
+        return fail(ends, rc, "recv_many", into.size, ends->max_message);
+    }
+    if (PyList_Append(list, into.bytes) < 0)
+        Py_CLEAR(list);
+    Py_DECREF(into.bytes);
+    if (list && most > 1 && !ends->closed && ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
+        list = take_row(ends, list, most);
+    return list;
+}
+
+static bool has_keyword(PyObject *names, const char *name) {
+    for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++)
+        if (PyUnicode_CompareWithASCIIString(PyTuple_GET_ITEM(names, i), name) == 0)
+            return true;
+    return false;
+}
+
+static PyObject *ends_recv_many(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                                PyObject *names) {
+    ends_object *ends = ends_of(self);
+    double seconds;
+    Py_ssize_t most = AT_MOST;
+    if (count == 0 && has_keyword(names, "max"))
+        return hot_leave_to("_recv_many", self, args, count, names);
+    if (!read_call(ends, "recv_many", args, count, 0, 1, names, &seconds))
+        return NULL;
+    if (count && args[0] != Py_None) {
+        most = PyNumber_AsSsize_t(args[0], NULL);
+        if (most == -1 && PyErr_Occurred())
+            return NULL;
+        if (most < 1)
+            return PyErr_Format(PyExc_ValueError, "max must be at least 1, not %R", args[0]);
+    }
+    PyObject *list = receive_row(ends, most < AT_MOST ? most : AT_MOST, seconds);
+    if (list && !ends->closed)
+        keep_listening(ends);
+    return list;
+}
+
+/* --- in place -------------------------------------------------------------------------------- */
+
+/* The part of the ring's memory as a view, which the caller of reserve() or peek() gets. */
+static PyObject *lend(ends_object *ends, int side, const void *data, uint64_t len) {
+    ik_ring *ring = &ends->rings[side];
+    Py_ssize_t start = (const unsigned char *)data - (const unsigned char *)ring->shared;
+    PyObject *part = PySequence_GetSlice(ends->views[side], start, start + (Py_ssize_t)len);
+    if (part && side == RECV) {
+        PyObject *writable = part;
+        part = PyObject_CallMethod(writable, "toreadonly", NULL);
+        Py_DECREF(writable);
+    }
+    if (!part) {
+        ik_ring_leave(ring, side);
+        return NULL;
+    }
+    Py_XSETREF(ends->loans[side], Py_NewRef(part));
+    ends->loaned[side] = len;
+    ends->lender[side] = ik_wait_thread();
+    return part;
+}
+
+static PyObject *lend_kept(ends_object *ends) {
+    PyObject *part = PyMemoryView_FromObject(ends->kept);
+    if (part) {
+        Py_XSETREF(ends->loans[RECV], Py_NewRef(part));
+        ends->lender[RECV] = ik_wait_thread();
+    }
+    return part;
+}
+
+/* End the loan: the view is released, unless somebody made an array of it, which then shows what
+ * comes later. False with an exception if there is none of this thread. */
+static bool take_back(ends_object *ends, int side, const char *verb) {
+    if (ends->lender[side] != ik_wait_thread()) {
+        PyErr_Format(PyExc_RuntimeError, "%s: this thread has nothing %s", verb,
+                     side == SEND ? "reserved" : "peeked at");
+        return false;
+    }
+    ends->lender[side] = 0;
+    PyObject *loan = ends->loans[side];
+    ends->loans[side] = NULL;
+    PyObject *none = loan ? PyObject_CallMethod(loan, "release", NULL) : NULL;
+    if (!none)
+        PyErr_Clear();
+    Py_XDECREF(none);
+    Py_XDECREF(loan);
+    return true;
+}
+
+static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                              PyObject *names) {
+    ends_object *ends = ends_of(self);
+    ik_ring *ring = &ends->rings[SEND];
+    double seconds;
+    if (!read_call(ends, "reserve", args, count, 1, 1, names, &seconds))
+        return NULL;
+    Py_ssize_t len = PyNumber_AsSsize_t(args[0], PyExc_OverflowError);
+    if (len < 0)
+        return PyErr_Occurred() ? NULL
+                                : PyErr_Format(PyExc_ValueError, "size must be >= 0, not %zd", len);
+    if ((uint64_t)len > ring->largest || (uint64_t)len > ends->max_message)
+        return fail(ends, -EMSGSIZE, "reserve", (uint64_t)len,
+                    ring->largest < ends->max_message ? ring->largest : ends->max_message);
+    int rc = ik_ring_wait_room(ring, (uint64_t)len, IK_NOW);
+    int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
+    use(ends);
+    while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {
+        WITHOUT_GIL(ends, rc = ik_ring_wait_room(ring, (uint64_t)len, deadline_ns));
+        if (rc != -EINTR || !look_around(ends, "reserve"))
+            break;
+    }
+    void *room = NULL;
+    if (rc == 0 && !(room = ik_ring_reserve(ring, (uint64_t)len, &rc)))
+        ik_ring_leave(ring, SEND); /* closed in this moment */
+    unuse(ends);
+    return room ? lend(ends, SEND, room, (uint64_t)len)
+                : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
+}
+
+static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    ends_object *ends = ends_of(self);
+    ik_ring *ring = &ends->rings[SEND];
+    Py_ssize_t len = (Py_ssize_t)ends->loaned[SEND];
+    if (count > 1)
+        return PyErr_Format(PyExc_TypeError, "commit() takes one argument, not %zd", count);
+    if (count && args[0] != Py_None) {
+        len = PyNumber_AsSsize_t(args[0], PyExc_OverflowError);
+        if (len == -1 && PyErr_Occurred())
+            return NULL;
+        if (len < 0 || (uint64_t)len > ends->loaned[SEND])
+            return PyErr_Format(PyExc_ValueError, "commit: %zd of %llu reserved bytes", len,
+                                (unsigned long long)ends->loaned[SEND]);
+    }
+    if (!take_back(ends, SEND, "commit"))
+        return NULL;
+    ik_ring_stage(ring, (uint64_t)len);
+    ik_ring_commit(ring, SEND);
+    ik_ring_leave(ring, SEND);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ends_cancel(PyObject *self, PyObject *none) {
+    (void)none;
+    if (!take_back(ends_of(self), SEND, "cancel"))
+        return NULL;
+    ik_ring_leave(&ends_of(self)->rings[SEND], SEND);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t count,
+                           PyObject *names) {
+    ends_object *ends = ends_of(self);
+    ik_ring *ring = &ends->rings[RECV];
+    double seconds;
+    const void *data;
+    uint64_t len = 0;
+    if (!read_call(ends, "peek", args, count, 0, 0, names, &seconds))
+        return NULL;
+    if (ends->kept)
+        return lend_kept(ends);
+    int rc = ik_ring_wait_message(ring, IK_NOW);
+    int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
+    use(ends);
+    while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {
+        WITHOUT_GIL(ends, rc = ik_ring_wait_message(ring, deadline_ns));
+        if (rc != -EINTR || !look_around(ends, "peek"))
+            break;
+    }
+    if (rc == 0) {
+        rc = ik_ring_look(ring, &data, &len);
+        if (rc != 1)
+            ik_ring_leave(ring, RECV);
+        if (rc == 0)
+            rc = -EMSGSIZE;
+    }
+    PyObject *part =
+        rc == 1 ? lend(ends, RECV, data, len) : fail(ends, rc, "peek", len, ring->largest);
+    unuse(ends);
+    return part;
+}
+
+static PyObject *ends_release(PyObject *self, PyObject *none) {
+    ends_object *ends = ends_of(self);
+    (void)none;
+    if (!take_back(ends, RECV, "release"))
+        return NULL;
+    if (ends->kept) {
+        Py_CLEAR(ends->kept);
+        Py_RETURN_NONE;
+    }
+    ik_ring_step(&ends->rings[RECV], ends->loaned[RECV]);
+    ik_ring_commit(&ends->rings[RECV], RECV);
+    ik_ring_leave(&ends->rings[RECV], RECV);
+    keep_listening(ends);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ends_keep(PyObject *self, PyObject *none) {
+    (void)none;
+    if (!take_back(ends_of(self), RECV, "keep"))
+        return NULL;
+    if (!ends_of(self)->kept)
+        ik_ring_leave(&ends_of(self)->rings[RECV], RECV);
+    Py_RETURN_NONE;
+}
+
+/* --- for asyncio: a step of a long message, and back -------------------------------------------
+ */
+
+/* (data): True if it was sent; False: wait for the bell, and come again with the same object. */
+static PyObject *ends_send_some(PyObject *self, PyObject *data) {
+    ends_object *ends = ends_of(self);
+    Py_buffer given;
+    if (!read_call(ends, "asend", NULL, 0, 0, 0, NULL, &(double){0}) ||
+        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE) < 0)
+        return NULL;
+    uint64_t len = (uint64_t)given.len;
+    int rc = len > ends->max_message ? -EMSGSIZE : -EINTR;
+    if (rc == -EINTR &&
+        (!ends->sending || ends->sending == data)) /* no other task's is under way */
+        rc = ik_ring_send(&ends->rings[SEND], &ends->progress[SEND], given.buf, len, IK_RING_STEP);
+    PyBuffer_Release(&given);
+    Py_XSETREF(ends->sending, ends->progress[SEND].inside && rc == -EINTR
+                                  ? Py_NewRef(ends->sending ? ends->sending : data)
+                                  : NULL);
+    if (rc == -EINTR || rc == -EDEADLK)
+        Py_RETURN_FALSE;
+    if (rc < 0)
+        return fail(ends, rc, "asend", len, ends->max_message);
+    Py_RETURN_TRUE;
+}
+
+static int64_t take_some(ends_object *ends, target *into) {
+    ik_ring *ring = &ends->rings[RECV];
+    const void *data;
+    if (ends->kept)
+        return take_kept(ends, into);
+    if (!ends->pending) {
+        int rc = ik_ring_enter(ring, RECV, IK_NOW);
+        if (rc < 0)
+            return rc;
+        if (ik_ring_look(ring, &data, &into->size) != 0)
+            return take(ends, into, IK_NOW);
+        ends->progress[RECV] = (ik_ring_progress){0};
+        if (into->size <= ends->max_message)
+            ends->pending = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)into->size);
+        if (!ends->pending) {
+            ik_ring_leave(ring, RECV);
+            return PyErr_Occurred() ? -EINTR : -EMSGSIZE;
+        }
+    }
+    int rc = ik_ring_recv_stream(ring, &ends->progress[RECV], PyBytes_AS_STRING(ends->pending),
+                                 (uint64_t)PyBytes_GET_SIZE(ends->pending), IK_RING_STEP);
+    if (rc == -EINTR)
+        return -EAGAIN;
+    into->bytes = rc == 0 ? Py_NewRef(ends->pending) : NULL;
+    Py_CLEAR(ends->pending);
+    return rc;
+}
+
+/* The message; or wait for the bell and come again: None, or False amid a long message. */
+static PyObject *ends_recv_some(PyObject *self, PyObject *none) {
+    ends_object *ends = ends_of(self);
+    target into = {0};
+    (void)none;
+    if (!read_call(ends, "arecv", NULL, 0, 0, 0, NULL, &(double){0}))
+        return NULL;
+    int64_t rc = take_some(ends, &into);
+    if (!is_not_yet(rc) && rc != -EDEADLK && rc < 0)
+        return fail(ends, rc, "arecv", into.size, ends->max_message);
+    keep_listening(ends);
+    return into.bytes ? into.bytes : Py_NewRef(ends->pending ? Py_False : Py_None);
+}
+
+static void abandon_sending(ends_object *ends) {
+    if (ends->sending)
+        ik_ring_give_up(&ends->rings[SEND], SEND, &ends->progress[SEND]);
+    Py_CLEAR(ends->sending);
+}
+
+static void abandon_receiving(ends_object *ends) {
+    PyObject *pending = ends->pending;
+    ends->pending = NULL;
+    if (pending)
+        give_up_receiving(ends, PyBytes_AS_STRING(pending), (uint64_t)PyBytes_GET_SIZE(pending),
+                          &ends->progress[RECV]);
+    Py_XDECREF(pending);
+}
+
+/* (data): the task that was sending it was cancelled. */
+static PyObject *ends_stop_sending(PyObject *self, PyObject *data) {
+    if (ends_of(self)->sending == data)
+        abandon_sending(ends_of(self));
+    Py_RETURN_NONE;
+}
+
+static PyObject *ends_stop_receiving(PyObject *self, PyObject *none) {
+    (void)none;
+    abandon_receiving(ends_of(self));
+    Py_RETURN_NONE;
+}
+
+/* (side): True if the bell of the side rings; else it will. */
+static PyObject *ends_listen(PyObject *self, PyObject *value) {
+    ends_object *ends = ends_of(self);
+    int side = PyLong_AsLong(value) == RECV ? RECV : SEND;
+    if (!read_call(ends, "fileno", NULL, 0, 0, 0, NULL, &(double){0}))
+        return NULL;
+    ends->listening |= side == RECV;
+    if (side == RECV)
+        return PyBool_FromLong(keep_listening(ends));
+    return PyBool_FromLong(ik_ring_listen(&ends->rings[side], side));
+}
+
+/* --- the object ------------------------------------------------------------------------------ */
+
+/* (out, in, max_message): views of the two rings. 0, or what ik_ring_attach() has against one. */
+static PyObject *ends_attach(PyObject *self, PyObject *args) {
+    ends_object *ends = ends_of(self);
+    PyObject *views[2];
+    unsigned long long max_message;
+    if (!PyArg_ParseTuple(args, "O!O!K", &PyMemoryView_Type, &views[SEND], &PyMemoryView_Type,
+                          &views[RECV], &max_message))
+        return NULL;
+    for (int side = 0; side < 2; side++) {
+        Py_buffer *memory = PyMemoryView_GET_BUFFER(views[side]);
+        int rc = memory->readonly
+                     ? -EACCES
+                     : ik_ring_attach(&ends->rings[side], memory->buf, (uint64_t)memory->len);
+        if (rc < 0)
+            return PyLong_FromLong(rc);
+    }
+    for (int side = 0; side < 2; side++)
+        Py_XSETREF(ends->views[side], Py_NewRef(views[side]));
+    ends->max_message = max_message;
+    ends->lulls = PyObject_HasAttrString(self, "_lull");
+    ends->closed = false;
+    return PyLong_FromLong(0);
+}
+
+/* (data, room, their data, their room, life): the descriptors are ours from now on; -1: none. */
+static PyObject *ends_set_bells(PyObject *self, PyObject *args) {
+    int *bells = ends_of(self)->bells;
+    ik_ring *out = &ends_of(self)->rings[SEND], *in = &ends_of(self)->rings[RECV];
+    if (!PyArg_ParseTuple(args, "iiiii", &bells[DATA], &bells[ROOM], &bells[THEIR_DATA],
+                          &bells[THEIR_ROOM], &bells[LIFE]))
+        return NULL;
+    in->ends[RECV].bell = bells[DATA];
+    in->ends[SEND].bell = bells[THEIR_ROOM];
+    out->ends[SEND].bell = bells[ROOM];
+    out->ends[RECV].bell = bells[THEIR_DATA];
+    in->life = out->life = bells[LIFE];
+    Py_RETURN_NONE;
+}
+
+/* (side): where the ring is of which this sends into, or receives from. For cffi. */
+static PyObject *ends_address(PyObject *self, PyObject *side) {
+    return PyLong_FromVoidPtr(&ends_of(self)->rings[PyLong_AsLong(side) == RECV ? RECV : SEND]);
+}
+
+/* What this thread has begun ends; what another one is doing ends with Closed, within a slice. */
+static PyObject *ends_shut_down(PyObject *self, PyObject *none) {
+    ends_object *ends = ends_of(self);
+    (void)none;
+    if (ends->closed)
+        Py_RETURN_NONE;
+    abandon_sending(ends);
+    abandon_receiving(ends);
+    for (int side = 0; side < 2; side++) {
+        if (ends->lender[side] == ik_wait_thread() && take_back(ends, side, "close") &&
+            !(side == RECV && ends->kept))
+            ik_ring_leave(&ends->rings[side], side);
+        Py_CLEAR(ends->loans[side]);
+    }
+    Py_CLEAR(ends->kept);
+    ends->closed = true;
+    if (ends->users == 0)
+        drop_views(ends);
+    Py_RETURN_NONE;
+}
+
+static PyObject *ends_closed(PyObject *self, void *none) {
+    (void)none;
+    return PyBool_FromLong(ends_of(self)->closed);
+}
+
+static PyObject *ends_max_message(PyObject *self, void *none) {
+    (void)none;
+    return PyLong_FromUnsignedLongLong(ends_of(self)->max_message);
+}
+
+static PyObject *ends_new(PyTypeObject *type, PyObject *args, PyObject *keywords) {
+    (void)args, (void)keywords;
+    PyObject *self = type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    ends_of(self)->closed = true;
+    memset(ends_of(self)->bells, -1, sizeof ends_of(self)->bells);
+    return self;
+}
+
+static void ends_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(ends_shut_down(self, NULL));
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+PyDoc_STRVAR(
+    send_doc,
+    "send($self, data, *, timeout=None)\n--\n\n"
+    "Send one message; block while there is no room.\n\n"
+    "What has returned is acknowledged: it is received once, by a receiver that lives.\n\n"
+    "Args: data: bytes-like, C-contiguous, at most max_message bytes. timeout: seconds.\n"
+    "Raises: OSError EMSGSIZE for a larger message, before anything is sent; TimeoutError\n"
+    "    (ETIMEDOUT), and then it was not sent; BrokenPipeError (EPIPE) if the receiving side is\n"
+    "    closed; PeerDied; OSError EDEADLK if this thread has reserved; Corrupt; Closed.\n"
+    "Fork: usable on both sides. Threads: any number take turns.\n");
+
+PyDoc_STRVAR(
+    recv_doc,
+    "recv($self, *, timeout=None)\n--\n\n"
+    "Receive one message; block until there is one.\n\n"
+    "Args: timeout: seconds.\n"
+    "Returns: bytes.\n"
+    "Raises: TimeoutError (ETIMEDOUT); EOFError if the sending side is closed and all was\n"
+    "    received; PeerDied; OSError EMSGSIZE if the message is larger than max_message:\n"
+    "    it stays; OSError EDEADLK if this thread peeks; Corrupt; Closed.\n"
+    "Fork: usable on both sides. Threads: any number take turns.\n");
+
+PyDoc_STRVAR(
+    recv_into_doc,
+    "recv_into($self, buffer, *, timeout=None)\n--\n\n"
+    "As recv(), into *buffer*.\n\n"
+    "Args: buffer: writable, C-contiguous.\n"
+    "Returns: bytes of the message.\n"
+    "Raises: as recv(); OSError EMSGSIZE if the buffer is too small: the message stays.\n");
+
+PyDoc_STRVAR(send_many_doc,
+             "send_many($self, messages, *, timeout=None)\n--\n\n"
+             "Send messages in order; block while there is no room.\n\n"
+             "Args: messages: any iterable of bytes-like; a list of bytes is fastest. timeout:\n"
+             "    seconds for all.\n"
+             "Returns: how many were sent: all, or fewer when an error or the timeout came after\n"
+             "    the first.\n"
+             "Raises: as send(), if none was sent; EMSGSIZE before any is, if one is too large.\n");
+
+PyDoc_STRVAR(recv_many_doc,
+             "recv_many($self, max=None, *, timeout=None)\n--\n\n"
+             "Receive the messages that are ready, at least one; block until there is one.\n\n"
+             "Args: max: the most to return; no more than 1024 come at once. timeout: seconds.\n"
+             "Returns: a list of bytes.\n"
+             "Raises: as recv(), if there was no message before the error.\n");
+
+PyDoc_STRVAR(
+    reserve_doc,
+    "reserve($self, size, *, timeout=None)\n--\n\n"
+    "Room for one message in the ring itself, to be filled and then sent by commit(), or not, by\n"
+    "cancel(). Block while there is no room.\n\n"
+    "Until then other senders wait; of a sender that dies, nothing is sent. What still uses the\n"
+    "view afterwards writes into later messages.\n\n"
+    "Args: size: bytes, at most half the capacity. timeout: seconds.\n"
+    "Returns: a writable memoryview, aligned to 8 bytes.\n"
+    "Raises: as send().\n"
+    "Threads: the one that reserved commits.\n");
+
+PyDoc_STRVAR(commit_doc, "commit($self, size=None, /)\n--\n\n"
+                         "Send what was reserved, or its first *size* bytes.\n\n"
+                         "Raises: RuntimeError if this thread has reserved nothing; ValueError for "
+                         "more than was\n    reserved.\n");
+
+PyDoc_STRVAR(cancel_doc, "cancel($self)\n--\n\n"
+                         "Send nothing of what was reserved. Raises: RuntimeError.\n");
+
+PyDoc_STRVAR(
+    peek_doc,
+    "peek($self, *, timeout=None)\n--\n\n"
+    "The next message where it lies, without a copy; release() receives it, keep() does not.\n"
+    "Block until there is one.\n\n"
+    "Until then other receivers wait; if this process dies, the message is the next one's. A view\n"
+    "that is used longer shows later messages; it never crashes.\n\n"
+    "Args: timeout: seconds.\n"
+    "Returns: a read-only memoryview, aligned to 8 bytes.\n"
+    "Raises: as recv(); OSError EMSGSIZE for a message larger than half the capacity, which\n"
+    "    recv() can receive.\n"
+    "Threads: the one that peeked releases.\n");
+
+PyDoc_STRVAR(release_doc,
+             "release($self)\n--\n\n"
+             "Receive the message that was peeked at. Raises: RuntimeError if this thread peeks at "
+             "none.\n");
+
+PyDoc_STRVAR(keep_doc, "keep($self)\n--\n\n"
+                       "Leave the message that was peeked at for the next receive. Raises: "
+                       "RuntimeError.\n");
+
+#define FAST(name, flags, doc) {#name, (PyCFunction)(void (*)(void))ends_##name, flags, doc}
+
+static PyMethodDef methods[] = {
+    FAST(send, METH_FASTCALL | METH_KEYWORDS, send_doc),
+    FAST(recv, METH_FASTCALL | METH_KEYWORDS, recv_doc),
+    FAST(recv_into, METH_FASTCALL | METH_KEYWORDS, recv_into_doc),
+    FAST(send_many, METH_FASTCALL | METH_KEYWORDS, send_many_doc),
+    FAST(recv_many, METH_FASTCALL | METH_KEYWORDS, recv_many_doc),
+    FAST(reserve, METH_FASTCALL | METH_KEYWORDS, reserve_doc),
+    FAST(commit, METH_FASTCALL, commit_doc),
+    FAST(cancel, METH_NOARGS, cancel_doc),
+    FAST(peek, METH_FASTCALL | METH_KEYWORDS, peek_doc),
+    FAST(release, METH_NOARGS, release_doc),
+    FAST(keep, METH_NOARGS, keep_doc),
+    {"_send_some", ends_send_some, METH_O, NULL},
+    {"_recv_some", ends_recv_some, METH_NOARGS, NULL},
+    {"_stop_sending", ends_stop_sending, METH_O, NULL},
+    {"_stop_receiving", ends_stop_receiving, METH_NOARGS, NULL},
+    {"_listen", ends_listen, METH_O, NULL},
+    {"_attach", ends_attach, METH_VARARGS, NULL},
+    {"_set_bells", ends_set_bells, METH_VARARGS, NULL},
+    {"_address", ends_address, METH_O, NULL},
+    {"_shut_down", ends_shut_down, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyGetSetDef attributes[] = {
+    {"closed", ends_closed, NULL, "Was close() called here?", NULL},
+    {"max_message", ends_max_message, NULL, "bytes of the largest message", NULL},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, ends_new},
+    {Py_tp_dealloc, ends_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, attributes},
+    {0},
+};
+
+static PyType_Spec spec = {
+    .name = "ipckit._hot.Ends",
+    .basicsize = sizeof(ends_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = slots,
+};
+
+bool hot_add_ring(PyObject *module) {
+    return hot_add_class(module, &spec);
+}
