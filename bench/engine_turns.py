@@ -7,13 +7,14 @@ A turn of *count* messages makes its peer, runs the processes and removes it.
 import os
 import random
 import select
+import statistics
 import struct
 import subprocess
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 
 from peers import Call, Peer
@@ -24,7 +25,8 @@ from ipckit import process
 Make = Callable[[], Peer]
 
 PROGRAM = Path(__file__).parent.parent / "build" / "bench" / "engine"
-TIMED = 100_000  # of the round trips of a turn, so many one by one, at most
+PARTS = 20  # of the round trips of a turn
+TIMED = 10_000  # round trips one by one, at most
 WARM = 10  # messages of each sender before the clock starts
 ASLEEP = 0.5  # ms between two round trips, so that both sides have gone to sleep
 now = time.monotonic_ns
@@ -69,25 +71,29 @@ def answer(peer: Peer, count: int) -> Work:
     return work
 
 
-def ask(peer: Peer, count: int) -> Work:
+def ask(peer: Peer, each: int, timed: int) -> Work:
+    """PARTS times so many, of which the median counts, since others may have had the processor."""
+
     def work(ready: Call) -> Turn:
-        end, data, timed = peer.use(1), bytes(peer.size), min(count, TIMED)
-        send, recv, stamps = end.send, end.recv, array("q", bytes(8 * (timed + 1)))
+        end, data = peer.use(1), bytes(peer.size)
+        send, recv, stamps = end.send, end.recv, array("q", bytes(8 * (PARTS + timed + 1)))
         ready()
         for _ in repeat(None, WARM):
             send(data)
             recv()
-        start = now()
-        for _ in repeat(None, count):
-            send(data)
-            recv()
-        stamps[0] = stop = now()
-        for i in range(1, timed + 1):
+        stamps[0] = now()
+        for part in range(1, PARTS + 1):
+            for _ in repeat(None, each):
+                send(data)
+                recv()
+            stamps[part] = now()
+        for i in range(PARTS + 1, PARTS + 1 + timed):
             send(data)
             recv()
             stamps[i] = now()
-        samples = array("q", (stamps[i + 1] - stamps[i] for i in range(timed)))
-        return Turn((stop - start) / count, (stop - start) / 1e9, samples)
+        took = [after - before for before, after in pairwise(stamps)]
+        total = (stamps[PARTS] - stamps[0]) / 1e9
+        return Turn(statistics.median(took[:PARTS]) / each, total, array("q", took[PARTS:]))
 
     return work
 
@@ -109,8 +115,9 @@ def ask_asleep(peer: Peer, count: int) -> Work:
 
 
 def trip(make: Make, count: int) -> Turn:
+    each, timed = -(-count // PARTS), min(count, TIMED)
     with made(make) as peer:
-        return race(ask(peer, count), answer(peer, WARM + count + min(count, TIMED)))
+        return race(ask(peer, each, timed), answer(peer, WARM + PARTS * each + timed))
 
 
 def trip_asleep(make: Make, count: int) -> Turn:
@@ -192,6 +199,22 @@ def block(peer: Peer, tell: int) -> None:
     recv()
 
 
+@contextmanager
+def receiver(make: Make) -> Iterator[int]:
+    """The pid of a process that waits for a message."""
+    told, tell = os.pipe()
+    with made(make) as peer, process.fork(block, peer, tell, die_with_parent=True) as child:
+        os.close(tell)
+        try:
+            if not os.read(told, 1):
+                raise Failed("a process ended")
+            yield child.pid
+        finally:
+            os.close(told)
+            child.kill()
+            child.wait()
+
+
 def processor_time(pid: int) -> int:
     """Nanoseconds that all its threads have run."""
     return sum(int(task.read_text().split()[0]) for task in Path(f"/proc/{pid}/task").glob("*/schedstat"))
@@ -199,23 +222,12 @@ def processor_time(pid: int) -> int:
 
 def blocked(makes: Sequence[Make], seconds: float) -> list[float]:
     """Percent of a processor that each uses while it waits for a message; all at the same time."""
-    told, tell = os.pipe()
     with ExitStack() as stack:
-        receivers = []
-        for make in makes:
-            peer = stack.enter_context(made(make))
-            receiver = stack.enter_context(process.fork(block, peer, tell, die_with_parent=True))
-            stack.callback(receiver.wait)
-            stack.callback(receiver.kill)
-            receivers.append(receiver.pid)
-        for _ in makes:
-            os.read(told, 1)
+        pids = [stack.enter_context(receiver(make)) for make in makes]
         time.sleep(seconds / 20)  # they go to sleep
-        before, start = [*map(processor_time, receivers)], now()
+        before, start = [*map(processor_time, pids)], now()
         time.sleep(seconds)
-        after, took = [*map(processor_time, receivers)], now() - start
-    os.close(told)
-    os.close(tell)
+        after, took = [*map(processor_time, pids)], now() - start
     return [(b - a) / took * 100 for a, b in zip(before, after, strict=True)]
 
 

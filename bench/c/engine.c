@@ -8,7 +8,8 @@
  *     engine memcpy SIZE COUNT          copies in one process
  *
  * Writes numbers of 8 bytes: the nanoseconds that COUNT took, then those of single round trips,
- * which for trip are made after the others.
+ * which for trip are made after the others. What COUNT round trips took is the median of PARTS,
+ * since somebody else may have had the processor meanwhile.
  */
 #include <errno.h>
 #include <stdint.h>
@@ -22,7 +23,7 @@
 
 #include "ring.h"
 
-enum { TIMED = 100000 }; /* of the round trips, so many one by one, at most */
+enum { PARTS = 20, TIMED = 10000 /* round trips, one by one, at most */ };
 
 static void fail(const char *what, int error) {
     fprintf(stderr, "engine: %s: %s\n", what, strerror(error));
@@ -97,32 +98,48 @@ static void recv_one(ik_ring *ring, void *buffer, uint64_t size) {
         fail("recv", (int)-rc);
 }
 
+static void ask(ik_ring *there, ik_ring *back, void *data, uint64_t size) {
+    send_one(there, data, size);
+    recv_one(back, data, size);
+}
+
+static int compare(const void *one, const void *other) {
+    int64_t a = *(const int64_t *)one, b = *(const int64_t *)other;
+    return (a > b) - (a < b);
+}
+
+/* What a round trip takes, of PARTS times so many, by the median of the parts. */
+static double in_parts(ik_ring *there, ik_ring *back, void *data, uint64_t size, long each) {
+    int64_t parts[PARTS];
+    for (int part = 0; part < PARTS; part++) {
+        int64_t before = ik_wait_now();
+        for (long i = 0; i < each; i++)
+            ask(there, back, data, size);
+        parts[part] = ik_wait_now() - before;
+    }
+    qsort(parts, PARTS, sizeof *parts, compare);
+    return (double)parts[PARTS / 2] / (double)each;
+}
+
 static void trip(long size, long count, long capacity) {
     ik_ring there = ring_of((uint64_t)capacity), back = ring_of((uint64_t)capacity);
-    long timed = count < TIMED ? count : TIMED;
-    int64_t *took = allocated(((size_t)timed + 1) * sizeof *took), before, after;
+    long each = (count + PARTS - 1) / PARTS, timed = count < TIMED ? count : TIMED;
+    int64_t *took = allocated(((size_t)timed + 1) * sizeof *took);
     void *data = allocated((size_t)size);
-    uint64_t bytes = (uint64_t)size;
     if (other_process() == 0) {
-        for (long i = 0; i < count + timed; i++) {
-            recv_one(&there, data, bytes);
-            send_one(&back, data, bytes);
+        for (long i = 0; i < each * PARTS + timed; i++) {
+            recv_one(&there, data, (uint64_t)size);
+            send_one(&back, data, (uint64_t)size);
         }
         exit(0);
     }
-    before = ik_wait_now();
-    for (long i = 0; i < count; i++) {
-        send_one(&there, data, bytes);
-        recv_one(&back, data, bytes);
-    }
-    after = ik_wait_now();
-    took[0] = after - before;
+    took[0] = (int64_t)(in_parts(&there, &back, data, (uint64_t)size, each) * (double)count);
+    int64_t before = ik_wait_now();
     for (long i = 1; i <= timed; i++) {
-        before = after;
-        send_one(&there, data, bytes);
-        recv_one(&back, data, bytes);
-        after = ik_wait_now();
+        ask(&there, &back, data, (uint64_t)size);
+        int64_t after = ik_wait_now();
         took[i] = after - before;
+        before = after;
     }
     wait(NULL);
     print(took, (size_t)timed + 1);
@@ -144,7 +161,8 @@ static void way(long size, long count, long capacity) {
     print(&took, 1);
 }
 
-/* --- the floors --------------------------------------------------------------------------------- */
+/* --- the floors ---------------------------------------------------------------------------------
+ */
 
 static void tell(uint32_t *word, uint32_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
