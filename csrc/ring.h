@@ -88,7 +88,7 @@ int ik_ring_attach(ik_ring *ring, void *memory, uint64_t size);
 /* --- whole operations: what waits, until the deadline --------------------------------------- */
 
 /* Send one message. 0, or -ETIMEDOUT; -EINTR: call again with the same progress, or give up;
- * -EPIPE: the receiving end is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
+ * -EPIPE: one of the ends is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
  * reserved; -ECONNRESET: the peer is gone; -ENOTRECOVERABLE. */
 int ik_ring_send(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                  int64_t deadline_ns);

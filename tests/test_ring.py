@@ -454,7 +454,7 @@ def test_ctrl_c_ends_every_blocking_call_and_nothing_is_lost(either, forked, ver
 
     process = forked(child)
     process.wait_ready()
-    eventually(lambda: "futex" in open(f"/proc/{process.pid}/wchan").read())
+    eventually(lambda: "futex" in Path(f"/proc/{process.pid}/wchan").read_text())
     process.kill(signal.SIGINT)
     assert process.wait(10) == 5
 
@@ -470,7 +470,7 @@ def test_close_ends_the_calls_of_other_threads(either):
 
     thread = threading.Thread(target=receive)
     thread.start()
-    eventually(lambda: "futex" in open(f"/proc/self/task/{thread.native_id}/wchan").read())
+    eventually(lambda: "futex" in Path(f"/proc/self/task/{thread.native_id}/wchan").read_text())
     either.close()
     thread.join(20)
     assert len(errors) == 1
