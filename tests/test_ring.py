@@ -749,3 +749,9 @@ def test_readable_across_processes(either, forked):
     assert either.recv(timeout=0) == b"rung"
     assert not select.select([fd], [], [], 0)[0]
     assert process.wait() == 0
+
+
+def test_the_example_runs():
+    example = Path(__file__).parent.parent / "examples" / "ring_frames.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    assert done.stdout.startswith("30 frames of 307200 bytes, then b'still in order'; camera killed by SIGKILL")
