@@ -755,3 +755,14 @@ def test_the_example_runs():
     example = Path(__file__).parent.parent / "examples" / "ring_frames.py"
     done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
     assert done.stdout.startswith("30 frames of 307200 bytes, then b'still in order'; camera killed by SIGKILL")
+
+
+def test_closed_by_another_thread_while_this_one_reserves(either):
+    view = either.reserve(100)
+    thread = threading.Thread(target=either.close)
+    thread.start()
+    thread.join(20)
+    view[:] = bytes(100)
+    either.commit()
+    with pytest.raises(ipckit.Closed):
+        either.stats()
