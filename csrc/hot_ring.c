@@ -404,7 +404,6 @@ static int64_t take(ends_object *ends, target *into, int64_t deadline_ns) {
 
 static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
     int64_t rc, deadline_ns = deadline_after(seconds);
-    use(ends);
     do {
         WITHOUT_GIL(ends, rc = ik_ring_wait_message(&ends->rings[RECV], deadline_ns));
         if (rc == 0)
@@ -412,7 +411,6 @@ static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
         if (rc == -EINTR && (PyErr_Occurred() || !look_around(ends, "recv")))
             break;
     } while (rc == -EINTR || rc == -EAGAIN || rc == -ECONNABORTED);
-    unuse(ends);
     return rc;
 }
 
@@ -450,11 +448,15 @@ static bool is_not_yet(int64_t rc) {
 }
 
 static int64_t receive(ends_object *ends, target *into, double seconds) {
+    use(ends);
     int64_t rc = take_now(ends, into);
+    if (is_not_yet(rc) && seconds > 0 && ik_ring_glance(&ends->rings[RECV], RECV))
+        rc = take_now(ends, into);
     if (is_not_yet(rc))
         rc = seconds > 0 ? take_waiting(ends, into, seconds) : -ETIMEDOUT;
     if (!ends->closed)
         keep_listening(ends);
+    unuse(ends);
     return rc;
 }
 
@@ -581,6 +583,7 @@ static PyObject *lend(ends_object *ends, int side, const void *data, uint64_t le
     Py_XSETREF(ends->loans[side], Py_NewRef(part));
     ends->loaned[side] = len;
     ends->lender[side] = ik_wait_thread();
+    use(ends);
     return part;
 }
 
@@ -589,6 +592,7 @@ static PyObject *lend_kept(ends_object *ends) {
     if (part) {
         Py_XSETREF(ends->loans[RECV], Py_NewRef(part));
         ends->lender[RECV] = ik_wait_thread();
+        use(ends);
     }
     return part;
 }
@@ -610,6 +614,13 @@ static bool take_back(ends_object *ends, int side, const char *verb) {
     Py_XDECREF(none);
     Py_XDECREF(loan);
     return true;
+}
+
+/* A kept message is in no ring. */
+static void leave_loan(ends_object *ends, int side) {
+    if (side == SEND || !ends->kept)
+        ik_ring_leave(&ends->rings[side], side);
+    unuse(ends);
 }
 
 static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -660,7 +671,7 @@ static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t c
         return NULL;
     ik_ring_stage(ring, (uint64_t)len);
     ik_ring_commit(ring, SEND);
-    ik_ring_leave(ring, SEND);
+    leave_loan(ends, SEND);
     Py_RETURN_NONE;
 }
 
@@ -668,7 +679,7 @@ static PyObject *ends_cancel(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends_of(self), SEND, "cancel"))
         return NULL;
-    ik_ring_leave(&ends_of(self)->rings[SEND], SEND);
+    leave_loan(ends_of(self), SEND);
     Py_RETURN_NONE;
 }
 
@@ -709,14 +720,14 @@ static PyObject *ends_release(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends, RECV, "release"))
         return NULL;
-    if (ends->kept) {
-        Py_CLEAR(ends->kept);
-        Py_RETURN_NONE;
+    if (!ends->kept) {
+        ik_ring_step(&ends->rings[RECV], ends->loaned[RECV]);
+        ik_ring_commit(&ends->rings[RECV], RECV);
     }
-    ik_ring_step(&ends->rings[RECV], ends->loaned[RECV]);
-    ik_ring_commit(&ends->rings[RECV], RECV);
-    ik_ring_leave(&ends->rings[RECV], RECV);
-    keep_listening(ends);
+    leave_loan(ends, RECV);
+    Py_CLEAR(ends->kept);
+    if (!ends->closed)
+        keep_listening(ends);
     Py_RETURN_NONE;
 }
 
@@ -724,8 +735,7 @@ static PyObject *ends_keep(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends_of(self), RECV, "keep"))
         return NULL;
-    if (!ends_of(self)->kept)
-        ik_ring_leave(&ends_of(self)->rings[RECV], RECV);
+    leave_loan(ends_of(self), RECV);
     Py_RETURN_NONE;
 }
 
@@ -790,7 +800,9 @@ static PyObject *ends_recv_some(PyObject *self, PyObject *none) {
     (void)none;
     if (!read_call(ends, "arecv", NULL, 0, 0, 0, NULL, &(double){0}))
         return NULL;
+    use(ends);
     int64_t rc = take_some(ends, &into);
+    unuse(ends);
     if (!is_not_yet(rc) && rc != -EDEADLK && rc < 0)
         return fail(ends, rc, "arecv", into.size, ends->max_message);
     keep_listening(ends);
@@ -892,10 +904,8 @@ static PyObject *ends_shut_down(PyObject *self, PyObject *none) {
     abandon_sending(ends);
     abandon_receiving(ends);
     for (int side = 0; side < 2; side++) {
-        if (ends->lender[side] == ik_wait_thread() && take_back(ends, side, "close") &&
-            !(side == RECV && ends->kept))
-            ik_ring_leave(&ends->rings[side], side);
-        Py_CLEAR(ends->loans[side]);
+        if (ends->lender[side] == ik_wait_thread() && take_back(ends, side, "close"))
+            leave_loan(ends, side);
     }
     Py_CLEAR(ends->kept);
     ends->closed = true;
@@ -927,6 +937,9 @@ static PyObject *ends_new(PyTypeObject *type, PyObject *args, PyObject *keywords
 static void ends_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(ends_shut_down(self, NULL));
+    drop_views(ends_of(self)); /* the loans of other threads too */
+    for (int side = 0; side < 2; side++)
+        Py_CLEAR(ends_of(self)->loans[side]);
     type->tp_free(self);
     Py_DECREF(type);
 }

@@ -407,7 +407,9 @@ static int find_room(ik_ring *ring, uint64_t need) {
 void *ik_ring_reserve(ik_ring *ring, uint64_t len, int *ret_error) {
     ik_ring_end *end = &ring->ends[IK_RING_SEND];
     uint64_t offset = end->at & (ring->capacity - 1), to_the_end = ring->capacity - offset;
-    int rc = len > ring->largest ? -EMSGSIZE : is_closed(ring, IK_RING_RECV) ? -EPIPE : 0;
+    int rc = len > ring->largest                                              ? -EMSGSIZE
+             : is_closed(ring, IK_RING_RECV) || is_closed(ring, IK_RING_SEND) ? -EPIPE
+                                                                              : 0;
     if (rc == 0) {
         end->gap = record_size(len) > to_the_end ? to_the_end : 0;
         rc = find_room(ring, end->gap + record_size(len));
@@ -819,6 +821,11 @@ void ik_ring_shut(ik_ring *ring, int side) {
 
 void ik_ring_reopen(ik_ring *ring, int side) {
     __atomic_store_n(&ring->shared->closed[side], 0, __ATOMIC_RELEASE);
+}
+
+int ik_ring_glance(ik_ring *ring, int side) {
+    const ik_ring_end *end = &ring->ends[side];
+    return ik_wait_glance(word_of(&ring->shared->lines[!side]), (uint32_t)end->seen, &end->other);
 }
 
 int ik_ring_listen(ik_ring *ring, int side) {

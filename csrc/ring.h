@@ -88,7 +88,7 @@ int ik_ring_attach(ik_ring *ring, void *memory, uint64_t size);
 /* --- whole operations: what waits, until the deadline --------------------------------------- */
 
 /* Send one message. 0, or -ETIMEDOUT; -EINTR: call again with the same progress, or give up;
- * -EPIPE: the receiving end is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
+ * -EPIPE: one of the ends is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
  * reserved; -ECONNRESET: the peer is gone; -ENOTRECOVERABLE. */
 int ik_ring_send(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                  int64_t deadline_ns);
@@ -147,6 +147,10 @@ void ik_ring_shut(ik_ring *ring, int side);
 
 /* Take that back. */
 void ik_ring_reopen(ik_ring *ring, int side);
+
+/* 1 if something came for the side (messages, room) within the microsecond that it is worth looking
+ * without letting others work; called right after -EAGAIN or -ETIMEDOUT. */
+int ik_ring_glance(ik_ring *ring, int side);
 
 /* Silence the bell of the side, and have it rung at the next commit of the other. 1, and it rings
  * now, if a receive would not block, or a send of any record. A sender tries again after this call
