@@ -2,11 +2,12 @@
 """How bench_engine.py shows what it measured: a table, a CSV file, a picture."""
 
 import csv
+import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 OURS, PEER, FLOOR = "ours", "peer", "C"
 COLOURS = {OURS: "#1f77b4", PEER: "#bbbbbb", FLOOR: "#444444"}
@@ -75,13 +76,13 @@ def print_table(result: Result) -> None:
     """The last column is how many times the value of the best of ours it is."""
     best = result.best(OURS)
     heads = ["value", "p50", "p99", "p99.9", "worst", "per_second"]
-    print(f"\n{result.title:34}", *(f"{head:>10}" for head in [result.unit, *heads[1:], "ratio"]))
+    print(f"\n{result.title:44}", *(f"{head:>10}" for head in [result.unit, *heads[1:], "ratio"]))
     for one in result.measured:
         values = numbers(result, one)
         cells = [shown(values[head]) if head in values else "" for head in heads]
         ratio = f"{shown(one.value / best.value)} x" if best and best.value else ""
         mark = {OURS: "*", PEER: " ", FLOOR: "-"}[one.kind]
-        print(f"{mark} {one.name:32}", *(f"{cell:>10}" for cell in [*cells, ratio]), flush=True)
+        print(f"{mark} {one.name:42}", *(f"{cell:>10}" for cell in [*cells, ratio]), flush=True)
 
 
 def csv_rows(results: Sequence[Result]) -> Iterator[dict[str, object]]:
@@ -100,28 +101,39 @@ def write_csv(results: Sequence[Result], path: Path) -> None:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A panel of bars for each row, on a logarithmic scale."""
+    """A panel of bars for each row, those on one CPU in a column of their own, on a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    heights = [1.2 + 0.28 * len(result.measured) for result in results]
-    figure = pyplot.figure(figsize=(10, sum(heights)), layout="constrained")
-    panels = figure.subplots(len(results), 1, height_ratios=heights, squeeze=False)
-    for panel, result in zip(panels[:, 0], results, strict=True):
-        measured = result.measured[::-1]
-        values = [numbers(result, one)["value"] for one in measured]
-        bars = panel.barh(
-            [one.name for one in measured],
-            [max(value, 1e-4) for value in values],
-            color=[COLOURS[one.kind] for one in measured],
-        )
-        panel.bar_label(bars, [f" {shown(value)}" for value in values], fontsize=9)
-        panel.set_xscale("log")
-        panel.margins(x=0.15)
-        panel.set_title(f"{result.title}: {result.unit}", loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
+    rows, columns = dict.fromkeys(one.row for one in results), dict.fromkeys(one.cpus for one in results)
+    longest = [max(len(one.measured) for one in results if one.row == row) for row in rows]
+    heights = [1 + 0.27 * most for most in longest]
+    figure = pyplot.figure(figsize=(9 * len(columns), sum(heights)), layout="constrained")
+    panels = figure.subplots(len(rows), len(columns), height_ratios=heights, squeeze=False)
+    for panel in panels.flat:
+        panel.set_axis_off()
+    for result in results:
+        at = [*rows].index(result.row)
+        draw_row(panels[at][[*columns].index(result.cpus)], result, longest[at])
     figure.suptitle(f"ipckit (blue), its peers (grey), C (black); less is better\n{machine()}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def draw_row(panel: Any, result: Result, most: int) -> None:
+    values = [numbers(result, one)["value"] for one in result.measured]
+    positive = [value for value in values if value > 0] or [1.0]
+    left, right = 10 ** math.floor(math.log10(min(positive) / 2)), max(positive) * 5
+    bars = panel.barh(
+        [one.name for one in result.measured],
+        [max(value, left) for value in values],
+        color=[COLOURS[one.kind] for one in result.measured],
+    )
+    panel.bar_label(bars, [f" {shown(value)}" for value in values], fontsize=9)
+    panel.set(xscale="log", xlim=(left, right), ylim=(most - 0.4, -0.6))
+    panel.set_title(f"{result.title}: {result.unit}", loc="left")
+    panel.set_axis_on()
+    panel.tick_params(which="minor", labelbottom=False)
+    panel.spines[["top", "right"]].set_visible(False)

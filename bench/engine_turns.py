@@ -52,6 +52,10 @@ def in_c(*arguments: object) -> Turn:
     return Turn(numbers[0] / int(str(arguments[2])), numbers[0] / 1e9, numbers[1:])
 
 
+def futex_in_c(count: int) -> Turn:
+    return median(in_c("futex", int(ASLEEP * 1e3), count))
+
+
 def median(turn: Turn) -> Turn:
     return turn._replace(value=sorted(turn.samples)[len(turn.samples) // 2])
 
@@ -184,6 +188,23 @@ def one_way(make: Make, producers: int, count: int) -> Turn:
         return race(consume(peer, each * producers, producers), *[produce(peer, each)] * producers)
 
 
+def sent_to_oneself(make: Make, count: int) -> Turn:
+    """One process does all, so that nothing is waited for: what the calls take."""
+
+    def work(ready: Call) -> Turn:
+        send, recv, data = peer.use(0).send, peer.open(1).recv, bytes(peer.size)
+        ready()
+        start = now()
+        for _ in repeat(None, count):
+            send(data)
+            recv()
+        took = now() - start
+        return Turn(took / count, took / 1e9, array("q"))
+
+    with made(make) as peer:
+        return race(work)
+
+
 def in_batches(make: Make, batch: int, count: int) -> Turn:
     batches = -(-count // batch)
     with made(make) as peer:
@@ -234,14 +255,16 @@ def blocked(makes: Sequence[Make], seconds: float) -> list[float]:
 # --- killed
 
 
-def stamp_and_send(peer: Peer) -> Work:
-    """The producer that lives: each message says when it was begun."""
+def stamp_and_send(peer: Peer, pause: float) -> Work:
+    """The producer that lives: each message says when it was begun. With a pause nothing is full."""
 
     def work(ready: Call) -> None:
         send = peer.use(0).send
         ready()
         while True:
             send(struct.pack("q56x", now()))
+            if pause:
+                time.sleep(pause)
 
     return work
 
@@ -268,10 +291,10 @@ def until_it_sends(recv: Call, _told: int) -> None:
 
 
 def until_all_wait(recv: Call, told: int) -> None:
-    """It holds the lock, the queue is empty, and so the producer that lives waits for the lock."""
+    """It holds the lock, nothing comes, and so the producer that lives waits for the lock."""
     while True:
         try:
-            recv(timeout=0.002)
+            recv(timeout=0.01)
         except TimeoutError:
             if select.select([told], [], [], 0)[0]:
                 os.read(told, 1)
@@ -303,14 +326,14 @@ def kill_again_and_again(peer: Peer, victim: Call, until: Call, kills: int) -> W
 
 
 def killed_anywhere(make: Make, kills: int) -> Turn:
-    """From the kill of a producer to the receipt of a message that another began after it."""
+    """From the kill of a busy producer to the receipt of a message that another began after it."""
     with made(make) as peer:
         work = kill_again_and_again(peer, send_nothings, until_it_sends, kills)
-        return median(race(work, stamp_and_send(peer), patience=PATIENCE + kills / 10))
+        return median(race(work, stamp_and_send(peer, 0), patience=PATIENCE + kills / 10))
 
 
 def killed_holder(make: Make, kills: int) -> Turn:
     """From the kill of who holds the lock to the receipt of what waited for it."""
     with made(make) as peer:
         work = kill_again_and_again(peer, hold_the_lock, until_all_wait, kills)
-        return median(race(work, stamp_and_send(peer), patience=PATIENCE + kills / 10))
+        return median(race(work, stamp_and_send(peer, 0.0005), patience=PATIENCE + kills / 10))

@@ -532,8 +532,7 @@ class Channel(Peer):
         self.ends = our_channel.channel(capacity)
 
     def open(self, side: int) -> End:
-        self.ends[1 - side].close()
-        end = self.ends[side]
+        end = self.ends[side].keep()
         return End(end.send, end.recv, end.send_many, end.recv_many)
 
     def remove(self) -> None:
