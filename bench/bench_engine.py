@@ -261,12 +261,15 @@ def kills(count: int, pinned: bool) -> Iterator[Row]:
 
 
 def results(options: argparse.Namespace, pinned: bool) -> Iterator[Result]:
-    cpus = 1 if pinned else os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0))
     for row in rows(pinned):
         if options.row in row.name:
             yield Result(cpus, row.name, "us", compete(row, options.rounds, options.seconds))
     if options.row in IDLE:
-        yield Result(cpus, IDLE, "% CPU", idle(options.idle, pinned))
+        try:
+            yield Result(cpus, IDLE, "% CPU", idle(options.idle, pinned))
+        except Failed as error:
+            print(f"skipped: {IDLE}: {error}")
     for row in kills(options.kills, pinned):
         if row.contenders and options.row in row.name:
             yield Result(cpus, row.name, "us", compete(row, 1, 0))
@@ -279,8 +282,9 @@ def chosen() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--row", default="", help="rows whose name contains this")
     parser.add_argument("--quick", action="store_true", help="one short turn each: does it run?")
-    parser.add_argument("--pinned", action="store_true", help="only with all processes on one CPU")
-    parser.add_argument("--unpinned", action="store_true", help="only on all CPUs")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--pinned", action="store_true", help="only with all processes on one CPU")
+    where.add_argument("--unpinned", action="store_true", help="only on all CPUs")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default 5)")
     parser.add_argument("--seconds", type=float, default=0.2, help="about, for a turn (default 0.2)")
     parser.add_argument("--idle", type=float, default=10, help="seconds of being blocked (default 10)")
@@ -295,6 +299,7 @@ def chosen() -> argparse.Namespace:
 
 def print_head(options: argparse.Namespace) -> None:
     print(f"{report.machine()}; the fastest of {options.rounds} rounds of {options.seconds:g} s")
+    print(", ".join(peers.versions()))
     print("* ipckit   - C   ratio: times the best of ipckit")
     for name, why in peers.MISSING.items():
         print(f"skipped: {name}: {why}")
@@ -304,7 +309,7 @@ def main() -> None:
     options = chosen()
     print_head(options)
     every, done = os.sched_getaffinity(0), []
-    passes = [pinned for pinned in (False, True) if not (options.unpinned if pinned else options.pinned)]
+    passes = [True] if options.pinned else [False] if options.unpinned else [False, True]
     try:
         for pinned in passes:
             os.sched_setaffinity(0, {min(every)} if pinned else every)

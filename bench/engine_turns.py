@@ -34,7 +34,10 @@ now = time.monotonic_ns
 
 @contextmanager
 def made(make: Make) -> Iterator[Peer]:
-    peer = make()
+    try:
+        peer = make()
+    except Exception as error:  # each package has its own
+        raise Failed(f"{type(error).__name__}: {error}") from None
     try:
         yield peer
     finally:

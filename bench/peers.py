@@ -16,6 +16,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,6 +44,15 @@ zmq = optional("zmq")
 our_channel = optional("ipckit.channel")
 our_queues = optional("ipckit.queues")
 our_ring = optional("ipckit.ring")
+
+
+def versions() -> list[str]:
+    """What is installed of what we compare with."""
+    found = []
+    for name in ("faster-fifo", "iceoryx2", "posix_ipc", "pynng", "pyzmq", "sysv_ipc"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return found
 
 
 class End(NamedTuple):
