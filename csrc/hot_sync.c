@@ -35,9 +35,15 @@ static void *shared_of(PyObject *self) {
     return shared;
 }
 
+/* Not with its repr, for which a barrier is looked into. */
 static PyObject *fail(PyObject *self, int rc) {
+    PyObject *what = PyUnicode_FromFormat("%s at %p", Py_TYPE(self)->tp_name, self);
+    if (!what)
+        return NULL;
     errno = -rc;
-    return PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, self);
+    PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, what);
+    Py_DECREF(what);
+    return NULL;
 }
 
 /* Without the GIL, until it is more than a signal whose handlers are content; -EINTR: with the

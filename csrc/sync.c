@@ -9,7 +9,7 @@
 
 /* --- making and attaching -------------------------------------------------------------------- */
 
-/* Says what is there, once it is complete; the last byte is the version of the layout. */
+/* Comes first, and says what is there once it is complete; the last byte is the version. */
 typedef struct {
     uint64_t magic;
 } head;
@@ -28,10 +28,10 @@ static ik_lock *lock_of(const robust *place) {
 }
 
 struct ik_sync_lock {
-    robust lock;
     head head;
     uint32_t recursive;
     uint32_t depth; /* how often the holder has it; written by him */
+    robust lock;
 };
 
 struct ik_sync_event {
@@ -94,11 +94,6 @@ int64_t ik_sync_size(int kind) {
     }
 }
 
-static uint64_t *magic_in(const void *memory, int kind) {
-    bool is_lock = kind == IK_SYNC_LOCK || kind == IK_SYNC_RLOCK;
-    return (uint64_t *)((char *)memory + (is_lock ? offsetof(ik_sync_lock, head) : 0));
-}
-
 static int make_seating(seating *all) {
     int rc = ik_lock_init(lock_of(&all->guard));
     for (int i = 0; rc == 0 && i < IK_SYNC_SEATS; i++)
@@ -131,17 +126,19 @@ static int make(void *memory, int kind, uint32_t number, uint32_t most) {
 }
 
 int ik_sync_create(void *memory, int kind, uint32_t number, uint32_t most) {
+    head *its = memory;
     memset(memory, 0, (size_t)ik_sync_size(kind));
     int rc = make(memory, kind, number, most);
     if (rc == 0)
         /* Release: who sees the magic sees all that was stored before. */
-        __atomic_store_n(magic_in(memory, kind), magic_of(kind), __ATOMIC_RELEASE);
+        __atomic_store_n(&its->magic, magic_of(kind), __ATOMIC_RELEASE);
     return rc;
 }
 
 int ik_sync_attach(const void *memory, int kind) {
+    const head *its = memory;
     /* Acquire: pairs with the release of ik_sync_create(). */
-    if (__atomic_load_n(magic_in(memory, kind), __ATOMIC_ACQUIRE) != magic_of(kind))
+    if (__atomic_load_n(&its->magic, __ATOMIC_ACQUIRE) != magic_of(kind))
         return -EBADMSG;
     const ik_sync_semaphore *semaphore = memory;
     const ik_sync_barrier *barrier = memory;
@@ -416,7 +413,7 @@ int ik_sync_condition_enter(ik_sync_condition *condition) {
 int ik_sync_condition_sleep(ik_sync_condition *condition, int seat, ik_spin *spin,
                             int64_t deadline_ns) {
     const uint32_t *state = &condition->seating.seats[seat].state;
-    if (ik_wait_spin(state, WAITING, spin))
+    if (deadline_ns != IK_NOW && ik_wait_spin(state, WAITING, spin))
         return 0;
     int rc = ik_wait_word(state, WAITING, deadline_ns);
     /* Relaxed: the lock of the condition, which is taken now, orders the rest. */
@@ -543,7 +540,7 @@ int ik_sync_barrier_sleep(ik_sync_barrier *barrier, const ik_sync_party *party, 
     /* Acquire, here and below: pairs with the release of change(). */
     uint32_t word = __atomic_load_n(&barrier->word, __ATOMIC_ACQUIRE);
     int rc = 0, come = outcome(party, word);
-    if (come == 0 && !ik_wait_spin(&barrier->word, word, spin))
+    if (come == 0 && (deadline_ns == IK_NOW || !ik_wait_spin(&barrier->word, word, spin)))
         rc = ik_wait_word(&barrier->word, word, deadline_ns);
     if (come == 0)
         come = rc ? look_around(barrier, party, rc == -ETIMEDOUT)

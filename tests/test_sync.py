@@ -12,6 +12,7 @@ import pytest
 from conftest import PATIENCE, Forked, eventually
 
 from ipckit import Corrupt, SharedMemory, sync
+from ipckit._native import ffi, lib
 
 HERE = Path(__file__).parent
 ALL = {
@@ -944,6 +945,60 @@ def test_numbers_that_can_not_be(cls, number):
         cls.attach(buffer)
 
 
+@pytest.mark.parametrize(
+    "cls, verb",
+    [
+        (sync.Lock, lambda lock: lock.acquire()),
+        (sync.RLock, lambda lock: lock.acquire(timeout=1)),
+        (sync.Condition, lambda condition: with_lock(condition, condition.wait, 1)),
+        (sync.Condition, lambda condition: with_lock(condition, condition.notify)),
+        (sync.Barrier, lambda barrier: barrier.wait()),
+        (sync.Barrier, lambda barrier: barrier.abort()),
+        (sync.Barrier, lambda barrier: barrier.n_waiting),
+        (sync.Barrier, lambda barrier: barrier.broken),
+    ],
+)
+def test_spoilt_memory(cls, verb):
+    buffer = SharedMemory(cls.SIZE).buf
+    made = cls.create(buffer, **options(cls))
+    buffer[64:128] = b"\xff" * 64
+    with pytest.raises(OSError, match=rf"Invalid argument: '{cls.__name__} at 0x") as caught:
+        verb(made)
+    assert caught.value.errno == errno.EINVAL
+
+
+def test_more_waiters_than_seats():
+    buffer = SharedMemory(sync.Condition.SIZE).buf
+    condition = sync.Condition.create(buffer)
+    same = ffi.cast("ik_sync_condition *", ffi.from_buffer(buffer))
+    seats = [lib.ik_sync_condition_enter(same) for _ in range(256)]
+    with condition, pytest.raises(OSError, match="Too many users: 'Condition at 0x") as caught:
+        condition.wait()
+    assert caught.value.errno == errno.EUSERS
+    for seat in seats:
+        assert lib.ik_sync_condition_leave(same, seat, 0) == 0
+    with condition:
+        assert condition.wait(0) is False
+
+
+def test_a_condition_and_its_lock_in_a_segment(forked):
+    buffer = SharedMemory(sync.Condition.SIZE + sync.Lock.SIZE).buf
+    lock = sync.Lock.create(buffer, sync.Condition.SIZE)
+    condition = sync.Condition.create(buffer, lock=lock)
+    with pytest.raises(Corrupt, match="there is no complete RLock at offset"):
+        sync.Condition.attach(buffer)
+
+    def notify(ready):
+        same = sync.Condition.attach(buffer, lock=sync.Lock.attach(buffer, sync.Condition.SIZE))
+        with same:
+            same.notify()
+
+    with condition:
+        child = forked(notify)
+        assert condition.wait(PATIENCE)
+    assert child.wait() == 0
+
+
 @pytest.mark.parametrize("cls", ALL.values(), ids=ALL)
 def test_what_was_never_made(cls):
     verb = {sync.Event: "is_set", sync.Barrier: "abort", sync.Condition: "notify"}.get(cls, "release")
@@ -1020,3 +1075,14 @@ def test_the_example():
     run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=PATIENCE)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout == "the worker was killed between the two accounts: 70 + 50\nrepaired: 70 + 30\n"
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not os.environ.get("IPCKIT_PROOF"), reason="make ctest runs a slice")
+def test_killed_at_every_instruction():
+    print(
+        subprocess.run(
+            [HERE.parent / "build/tests/test_sync"], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+    )
