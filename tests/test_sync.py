@@ -140,6 +140,7 @@ def test_time_limits(cls, forked):
         assert time.monotonic() - before >= 0.12
 
     assert forked(run).wait() == 0
+    lock.release()
 
 
 def test_waiting_for_oneself():
@@ -205,6 +206,7 @@ def test_bad_arguments_of_acquire(bad):
         with pytest.raises(TypeError, match="at most 2 arguments, not 3"):
             lock.acquire(True, 1, 2)
         assert lock.acquire(timeout=1e300) is True
+        lock.release()
 
 
 # --- locks of the dead -----------------------------------------------------------------------------
@@ -934,6 +936,7 @@ def test_nothing_but_the_right_thing_is_attached_to(cls):
     with pytest.raises(OSError, match=cls.__name__) as caught:
         made._at(buffer, 0, False)
     assert caught.value.errno == errno.EALREADY
+    del caught  # which keeps this frame, and so what has a descriptor
 
 
 @pytest.mark.parametrize("cls, number", [(sync.Semaphore, 12), (sync.Barrier, 12)])
@@ -965,6 +968,7 @@ def test_spoilt_memory(cls, verb):
     with pytest.raises(OSError, match=rf"Invalid argument: '{cls.__name__} at 0x") as caught:
         verb(made)
     assert caught.value.errno == errno.EINVAL
+    del caught  # which keeps this frame, and so what has a descriptor
 
 
 def test_more_waiters_than_seats():
@@ -975,6 +979,7 @@ def test_more_waiters_than_seats():
     with condition, pytest.raises(OSError, match="Too many users: 'Condition at 0x") as caught:
         condition.wait()
     assert caught.value.errno == errno.EUSERS
+    del caught  # which keeps this frame, and so what has a descriptor
     for seat in seats:
         assert lib.ik_sync_condition_leave(same, seat, 0) == 0
     with condition:
