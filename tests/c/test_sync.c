@@ -6,6 +6,7 @@
  */
 #include <assert.h>
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -302,6 +303,109 @@ static void broken_or_passed(void) {
     it_is_usable();
 }
 
+/* --- by threads, for the thread sanitizer too: plain variables, ordered by what is tested ------
+ */
+
+enum { THREADS = 4, ROUNDS = 200 };
+
+static char *places[5];
+static int cells[THREADS], counter, told;
+
+static void lie_at(int number, int kind, uint32_t value) {
+    places[number] = (char *)memory + number * IK_SYNC_SEATED_SIZE;
+    assert(ik_sync_create(places[number], kind, value, IK_SYNC_LARGEST) == 0);
+}
+
+static void pass(void) {
+    ik_sync_barrier *barrier = (ik_sync_barrier *)places[0];
+    ik_sync_party party;
+    ik_spin spin = {0};
+    int rc;
+    while (again(rc = ik_sync_barrier_enter(barrier, &party, IK_FOREVER))) {
+    }
+    if (rc == 1)
+        rc = ik_sync_barrier_pass(barrier);
+    else
+        while (again(rc = ik_sync_barrier_sleep(barrier, &party, &spin, IK_FOREVER))) {
+        }
+    assert(rc == 0 && ik_sync_barrier_leave(barrier, &party) == 0);
+}
+
+static void count_by_semaphore(void) {
+    ik_spin spin = {0};
+    while (again(ik_sync_semaphore_take((ik_sync_semaphore *)places[1], &spin, IK_FOREVER))) {
+    }
+    counter++;
+    assert(ik_sync_semaphore_release((ik_sync_semaphore *)places[1]) == 0);
+}
+
+static void lock(void) {
+    ik_spin spin = {0};
+    while (again(ik_sync_lock_take((ik_sync_lock *)places[2], &spin, IK_FOREVER))) {
+    }
+}
+
+static void unlock(void) {
+    assert(ik_sync_lock_release((ik_sync_lock *)places[2]) == 0);
+}
+
+/* The first tells, the others wait to be told, of this round. */
+static void tell(int round) {
+    lock();
+    told = round;
+    assert(ik_sync_condition_notify((ik_sync_condition *)places[3], THREADS) >= 0);
+    unlock();
+}
+
+static void be_told(int round) {
+    ik_sync_condition *condition = (ik_sync_condition *)places[3];
+    ik_spin spin = {0};
+    lock();
+    while (told != round) {
+        int seat = ik_sync_condition_enter(condition);
+        unlock();
+        while (again(ik_sync_condition_sleep(condition, seat, &spin, IK_FOREVER))) {
+        }
+        lock();
+        assert(ik_sync_condition_leave(condition, seat, 0) == 1);
+    }
+    unlock();
+}
+
+static void *use_all(void *argument) {
+    int me = (int)(intptr_t)argument;
+    ik_sync_event *event = (ik_sync_event *)places[4];
+    ik_spin spin = {0};
+    for (int round = 1; round <= ROUNDS; round++) {
+        cells[me] = round;
+        pass();
+        for (int i = 0; i < THREADS; i++)
+            assert(cells[i] == round);
+        count_by_semaphore();
+        me == 0 ? tell(round) : be_told(round);
+        pass();
+    }
+    if (me == 0)
+        ik_sync_event_set(event);
+    while (again(ik_sync_event_wait(event, 0, &spin, IK_FOREVER))) {
+    }
+    return NULL;
+}
+
+static void test_threads(void) {
+    pthread_t threads[THREADS];
+    lie_at(0, IK_SYNC_BARRIER, THREADS);
+    lie_at(1, IK_SYNC_SEMAPHORE, 1);
+    lie_at(2, IK_SYNC_LOCK, 0);
+    lie_at(3, IK_SYNC_CONDITION, 0);
+    lie_at(4, IK_SYNC_EVENT, 0);
+    for (intptr_t i = 0; i < THREADS; i++)
+        assert(pthread_create(&threads[i], NULL, use_all, (void *)i) == 0);
+    for (int i = 0; i < THREADS; i++)
+        assert(pthread_join(threads[i], NULL) == 0);
+    assert(counter == THREADS * ROUNDS);
+}
+
 /* --- killed at each instruction -------------------------------------------------------------- */
 
 typedef struct {
@@ -463,13 +567,16 @@ static void bind_now(char **arguments) {
     execv("/proc/self/exe", arguments);
 }
 
+/* With "threads": only those. */
 int main(int count, char **arguments) {
-    (void)count;
     bind_now(arguments);
-    memory = mmap(NULL, IK_SYNC_SEATED_SIZE + sizeof *sleeping, PROT_READ | PROT_WRITE,
+    memory = mmap(NULL, 5 * IK_SYNC_SEATED_SIZE + sizeof *sleeping, PROT_READ | PROT_WRITE,
                   MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     assert(memory != MAP_FAILED);
-    sleeping = (int *)((char *)memory + IK_SYNC_SEATED_SIZE);
+    sleeping = (int *)((char *)memory + 5 * IK_SYNC_SEATED_SIZE);
+    test_threads();
+    if (count > 1 && strcmp(arguments[1], "threads") == 0)
+        return 0;
     test_attach();
     test_all_seats();
     test_seats_of_the_dead_are_free();
