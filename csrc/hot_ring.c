@@ -404,7 +404,6 @@ static int64_t take(ends_object *ends, target *into, int64_t deadline_ns) {
 
 static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
     int64_t rc, deadline_ns = deadline_after(seconds);
-    use(ends);
     do {
         WITHOUT_GIL(ends, rc = ik_ring_wait_message(&ends->rings[RECV], deadline_ns));
         if (rc == 0)
@@ -412,7 +411,6 @@ static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
         if (rc == -EINTR && (PyErr_Occurred() || !look_around(ends, "recv")))
             break;
     } while (rc == -EINTR || rc == -EAGAIN || rc == -ECONNABORTED);
-    unuse(ends);
     return rc;
 }
 
@@ -450,11 +448,13 @@ static bool is_not_yet(int64_t rc) {
 }
 
 static int64_t receive(ends_object *ends, target *into, double seconds) {
+    use(ends);
     int64_t rc = take_now(ends, into);
     if (is_not_yet(rc))
         rc = seconds > 0 ? take_waiting(ends, into, seconds) : -ETIMEDOUT;
     if (!ends->closed)
         keep_listening(ends);
+    unuse(ends);
     return rc;
 }
 
@@ -581,6 +581,7 @@ static PyObject *lend(ends_object *ends, int side, const void *data, uint64_t le
     Py_XSETREF(ends->loans[side], Py_NewRef(part));
     ends->loaned[side] = len;
     ends->lender[side] = ik_wait_thread();
+    use(ends);
     return part;
 }
 
@@ -589,6 +590,7 @@ static PyObject *lend_kept(ends_object *ends) {
     if (part) {
         Py_XSETREF(ends->loans[RECV], Py_NewRef(part));
         ends->lender[RECV] = ik_wait_thread();
+        use(ends);
     }
     return part;
 }
@@ -610,6 +612,13 @@ static bool take_back(ends_object *ends, int side, const char *verb) {
     Py_XDECREF(none);
     Py_XDECREF(loan);
     return true;
+}
+
+/* A kept message is in no ring. */
+static void leave_loan(ends_object *ends, int side) {
+    if (side == SEND || !ends->kept)
+        ik_ring_leave(&ends->rings[side], side);
+    unuse(ends);
 }
 
 static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -634,11 +643,12 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
         if (rc != -EINTR || !look_around(ends, "reserve"))
             break;
     }
-    PyObject *part =
-        rc == 0 ? lend(ends, SEND, ik_ring_reserve(ring, (uint64_t)len, &rc), (uint64_t)len)
-                : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
+    void *room = NULL;
+    if (rc == 0 && !(room = ik_ring_reserve(ring, (uint64_t)len, &rc)))
+        ik_ring_leave(ring, SEND); /* closed in this moment */
     unuse(ends);
-    return part;
+    return room ? lend(ends, SEND, room, (uint64_t)len)
+                : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
 }
 
 static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -659,7 +669,7 @@ static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t c
         return NULL;
     ik_ring_stage(ring, (uint64_t)len);
     ik_ring_commit(ring, SEND);
-    ik_ring_leave(ring, SEND);
+    leave_loan(ends, SEND);
     Py_RETURN_NONE;
 }
 
@@ -667,7 +677,7 @@ static PyObject *ends_cancel(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends_of(self), SEND, "cancel"))
         return NULL;
-    ik_ring_leave(&ends_of(self)->rings[SEND], SEND);
+    leave_loan(ends_of(self), SEND);
     Py_RETURN_NONE;
 }
 
@@ -708,14 +718,14 @@ static PyObject *ends_release(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends, RECV, "release"))
         return NULL;
-    if (ends->kept) {
-        Py_CLEAR(ends->kept);
-        Py_RETURN_NONE;
+    if (!ends->kept) {
+        ik_ring_step(&ends->rings[RECV], ends->loaned[RECV]);
+        ik_ring_commit(&ends->rings[RECV], RECV);
     }
-    ik_ring_step(&ends->rings[RECV], ends->loaned[RECV]);
-    ik_ring_commit(&ends->rings[RECV], RECV);
-    ik_ring_leave(&ends->rings[RECV], RECV);
-    keep_listening(ends);
+    leave_loan(ends, RECV);
+    Py_CLEAR(ends->kept);
+    if (!ends->closed)
+        keep_listening(ends);
     Py_RETURN_NONE;
 }
 
@@ -723,8 +733,7 @@ static PyObject *ends_keep(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends_of(self), RECV, "keep"))
         return NULL;
-    if (!ends_of(self)->kept)
-        ik_ring_leave(&ends_of(self)->rings[RECV], RECV);
+    leave_loan(ends_of(self), RECV);
     Py_RETURN_NONE;
 }
 
@@ -765,6 +774,7 @@ static int64_t take_some(ends_object *ends, target *into) {
             return rc;
         if (ik_ring_look(ring, &data, &into->size) != 0)
             return take(ends, into, IK_NOW);
+        ends->progress[RECV] = (ik_ring_progress){0};
         if (into->size <= ends->max_message)
             ends->pending = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)into->size);
         if (!ends->pending) {
@@ -788,7 +798,9 @@ static PyObject *ends_recv_some(PyObject *self, PyObject *none) {
     (void)none;
     if (!read_call(ends, "arecv", NULL, 0, 0, 0, NULL, &(double){0}))
         return NULL;
+    use(ends);
     int64_t rc = take_some(ends, &into);
+    unuse(ends);
     if (!is_not_yet(rc) && rc != -EDEADLK && rc < 0)
         return fail(ends, rc, "arecv", into.size, ends->max_message);
     keep_listening(ends);
@@ -890,10 +902,8 @@ static PyObject *ends_shut_down(PyObject *self, PyObject *none) {
     abandon_sending(ends);
     abandon_receiving(ends);
     for (int side = 0; side < 2; side++) {
-        if (ends->lender[side] == ik_wait_thread() && take_back(ends, side, "close") &&
-            !(side == RECV && ends->kept))
-            ik_ring_leave(&ends->rings[side], side);
-        Py_CLEAR(ends->loans[side]);
+        if (ends->lender[side] == ik_wait_thread() && take_back(ends, side, "close"))
+            leave_loan(ends, side);
     }
     Py_CLEAR(ends->kept);
     ends->closed = true;
@@ -925,6 +935,9 @@ static PyObject *ends_new(PyTypeObject *type, PyObject *args, PyObject *keywords
 static void ends_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(ends_shut_down(self, NULL));
+    drop_views(ends_of(self)); /* the loans of other threads too */
+    for (int side = 0; side < 2; side++)
+        Py_CLEAR(ends_of(self)->loans[side]);
     type->tp_free(self);
     Py_DECREF(type);
 }

@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <stdbool.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -148,9 +149,13 @@ static bool is_locked(const ik_ring *ring, int side) {
     return ring->flags & (side == IK_RING_SEND ? IK_RING_MANY_SENDERS : IK_RING_MANY_RECEIVERS);
 }
 
+/* The bells of a channel are sockets, because a hostile peer can make an eventfd that it shares
+ * block; of what does not come or go at once nothing is wanted. */
 static void ring_bell(int bell) {
     uint64_t one = 1;
-    if (bell >= 0 && write(bell, &one, sizeof one) < 0)
+    if (bell < 0 || send(bell, &one, sizeof one, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
+        return;
+    if (errno == ENOTSOCK && write(bell, &one, sizeof one) < 0)
         return; /* it rings already, or its listener is gone */
 }
 
@@ -182,8 +187,14 @@ static void pass_on(ik_ring *ring, int side) {
 
 static void silence(int bell) {
     char rung[512];
-    while (read(bell, rung, sizeof rung) == (ssize_t)sizeof rung)
-        continue; /* a FIFO may hold more; an eventfd has 8 bytes */
+    /* Not for ever: the other may go on ringing. */
+    for (int i = 0; i < 16; i++) {
+        ssize_t len = recv(bell, rung, sizeof rung, MSG_DONTWAIT);
+        if (len < 0 && errno == ENOTSOCK)
+            len = read(bell, rung, sizeof rung);
+        if (len < (ssize_t)sizeof rung)
+            return;
+    }
 }
 
 /* Sleep in poll, on the bell and the peer's life. Life is asked for last, because what a peer did
@@ -396,7 +407,9 @@ static int find_room(ik_ring *ring, uint64_t need) {
 void *ik_ring_reserve(ik_ring *ring, uint64_t len, int *ret_error) {
     ik_ring_end *end = &ring->ends[IK_RING_SEND];
     uint64_t offset = end->at & (ring->capacity - 1), to_the_end = ring->capacity - offset;
-    int rc = len > ring->largest ? -EMSGSIZE : is_closed(ring, IK_RING_RECV) ? -EPIPE : 0;
+    int rc = len > ring->largest                                              ? -EMSGSIZE
+             : is_closed(ring, IK_RING_RECV) || is_closed(ring, IK_RING_SEND) ? -EPIPE
+                                                                              : 0;
     if (rc == 0) {
         end->gap = record_size(len) > to_the_end ? to_the_end : 0;
         rc = find_room(ring, end->gap + record_size(len));
@@ -498,6 +511,13 @@ static void begin_again_if_asked(ik_ring *ring, ik_ring_progress *progress) {
         begin_stream(ring, progress);
 }
 
+/* What is larger than the ring could never go through for who doesn't wait at all: so a moment for
+ * each further piece. */
+static int64_t piece_deadline(const ik_ring_progress *progress, int64_t deadline_ns) {
+    bool at_once = deadline_ns == IK_NOW && progress->done > 0;
+    return at_once ? ik_wait_now() + IK_RING_MOMENT : deadline_ns;
+}
+
 static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                        int64_t deadline_ns) {
     if (!progress->inside) {
@@ -512,7 +532,7 @@ static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *da
             int rc = send_piece(ring, progress, data, len);
             if (rc == -EAGAIN)
                 rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)ring->ends[IK_RING_SEND].seen,
-                                    deadline_ns);
+                                    piece_deadline(progress, deadline_ns));
             else if (rc == 0 && progress->done < len && is_over(deadline_ns))
                 rc = -ETIMEDOUT;
             if (rc == -EINTR)
@@ -714,7 +734,8 @@ static int wait_for_piece(ik_ring *ring, ik_ring_progress *progress, int64_t dea
     ik_ring_end *end = &ring->ends[IK_RING_RECV];
     if (!is_being_sent(ring, progress))
         return load(&ring->shared->lines[IK_RING_SEND].index) == end->seen ? -ECONNABORTED : 0;
-    int rc = wait_for_other(ring, IK_RING_RECV, (uint32_t)end->seen, deadline_ns);
+    int rc = wait_for_other(ring, IK_RING_RECV, (uint32_t)end->seen,
+                            piece_deadline(progress, deadline_ns));
     if (rc == -EINTR)
         look_after_sender(ring);
     if (rc < 0 && !is_being_sent(ring, progress))

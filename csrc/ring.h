@@ -20,6 +20,9 @@
 /* A deadline for who waits elsewhere: what would wait returns -EINTR instead. */
 enum ik_ring_deadline { IK_RING_STEP = -2 };
 
+/* Nanoseconds for each piece of a long message but the first, when the deadline is IK_NOW. */
+enum ik_ring_moment { IK_RING_MOMENT = 10000000 };
+
 enum ik_ring_side { IK_RING_SEND = 0, IK_RING_RECV = 1 };
 enum ik_ring_flags { IK_RING_MANY_SENDERS = 1, IK_RING_MANY_RECEIVERS = 2 };
 /* Bytes before the data, of the smallest data, and of what the memory's address is a multiple of.
@@ -35,9 +38,9 @@ typedef struct ik_ring_end {
     uint64_t gap;    /* bytes that the reserved record skips to begin at the start */
     uint32_t staged; /* messages */
     uint32_t busy;   /* without a lock: the thread that entered, and whether others wait */
-    int bell;        /* eventfd or FIFO that wakes who waits at this end in poll; -1: none */
-    ik_spin turn;    /* waiting to enter */
-    ik_spin other;   /* waiting for the other end */
+    int bell;      /* eventfd, FIFO or socket that wakes who waits at this end in poll; -1: none */
+    ik_spin turn;  /* waiting to enter */
+    ik_spin other; /* waiting for the other end */
 } ik_ring_end;
 
 /* A ring as one process knows it: each has its own, also after fork. */
@@ -85,7 +88,7 @@ int ik_ring_attach(ik_ring *ring, void *memory, uint64_t size);
 /* --- whole operations: what waits, until the deadline --------------------------------------- */
 
 /* Send one message. 0, or -ETIMEDOUT; -EINTR: call again with the same progress, or give up;
- * -EPIPE: the receiving end is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
+ * -EPIPE: one of the ends is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
  * reserved; -ECONNRESET: the peer is gone; -ENOTRECOVERABLE. */
 int ik_ring_send(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                  int64_t deadline_ns);

@@ -58,9 +58,14 @@ def memory_size(capacity: int) -> int:
     return header + max(least, 1 << (capacity - 1).bit_length())
 
 
-def eventfd() -> int:
-    """A bell: rung by who commits, if somebody listens."""
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+def new_bells() -> "tuple[int, int]":
+    """Two eventfds: for what comes, and for room. Who commits rings them, if somebody listens."""
+    data = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        return data, os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError:
+        os.close(data)
+        raise
 
 
 @dataclass(frozen=True)
@@ -249,13 +254,12 @@ class Ring(Ends):
         self._memory = SharedMemory(memory_size(capacity))
         self._what = f"ring of {self._memory.size - lib.IK_RING_HEADER} bytes"
         make(self._memory.buf, many_senders, many_receivers, max_messages)
-        self._use(self._memory.buf, max_message, (eventfd(), eventfd()))
+        self._use(self._memory.buf, max_message)
+        self._set_bells(*(bells := new_bells()), *bells, -1)
 
-    def _use(self, view: memoryview, max_message: int, bells: "tuple[int, int] | None") -> None:
+    def _use(self, view: memoryview, max_message: int) -> None:
         check_limit(max_message)
         attached(self._attach(view, view, max_message), self._what)
-        if bells is not None:
-            self._set_bells(*bells, *bells, -1)
 
     @classmethod
     def create(
@@ -301,7 +305,9 @@ class Ring(Ends):
         ring = cls.__new__(cls)
         view = memoryview(buffer).cast("B")
         ring._what = f"ring in a buffer of {len(view)} bytes"
-        ring._use(view, max_message, bells)
+        ring._use(view, max_message)
+        if bells is not None:
+            ring._set_bells(*bells, *bells, -1)
         return ring
 
     def close_write(self) -> None:

@@ -272,6 +272,7 @@ static void closing_wakes_who_sleeps(void) {
             usleep(100);
         ik_ring_shut(&ring, IK_RING_SEND);
         reap(receiver);
+        ik_ring_reopen(&ring, IK_RING_SEND);
         for (int len = 100; len <= 10000; len += 9900) {
             pid_t sender = forked(send_until_closed, &ring, len);
             while (!stats_of(&ring).asleep[IK_RING_SEND])
