@@ -156,11 +156,11 @@ static bool is_mine(const ik_sync_lock *lock) {
 }
 
 int ik_sync_lock_take(ik_sync_lock *lock, ik_spin *spin, int64_t deadline_ns) {
-    if (lock->recursive && is_mine(lock)) {
+    int rc = ik_lock_take(lock_of(&lock->lock), spin, deadline_ns);
+    if (rc == -EDEADLK && lock->recursive) {
         lock->depth++;
         return IK_SYNC_AGAIN;
     }
-    int rc = ik_lock_take(lock_of(&lock->lock), spin, deadline_ns);
     if (rc < 0)
         return rc;
     if (rc == IK_SYNC_RECOVERED)
@@ -170,11 +170,13 @@ int ik_sync_lock_take(ik_sync_lock *lock, ik_spin *spin, int64_t deadline_ns) {
 }
 
 int ik_sync_lock_release(ik_sync_lock *lock) {
-    if (!lock->recursive)
+    /* Of a thread that does not have it the load may tell anything, and both ways are -EPERM. */
+    if (__atomic_load_n(&lock->depth, __ATOMIC_RELAXED) <= 1)
         return ik_lock_release(lock_of(&lock->lock));
     if (!is_mine(lock))
         return -EPERM;
-    return --lock->depth ? 0 : ik_lock_release(lock_of(&lock->lock));
+    lock->depth--;
+    return 0;
 }
 
 uint32_t ik_sync_lock_depth(const ik_sync_lock *lock) {

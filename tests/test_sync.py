@@ -1091,3 +1091,10 @@ def test_killed_at_every_instruction():
             [HERE.parent / "build/tests/test_sync"], check=True, stdout=subprocess.PIPE, text=True
         ).stdout
     )
+
+
+def test_a_quick_run_of_the_bench():
+    bench = HERE.parent / "bench" / "bench_sync.py"
+    run = subprocess.run([sys.executable, bench, "--quick"], capture_output=True, text=True, timeout=PATIENCE)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.count("x multiprocessing") == 9
