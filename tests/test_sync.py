@@ -314,6 +314,7 @@ def test_nobody_is_inside_with_another(forked):
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(600)
 def test_kill_loop():
     """Workers move one from a cell to the other under the lock, and are killed at random."""
     lock, memory = sync.RLock(), SharedMemory(24)
@@ -593,6 +594,79 @@ def test_the_holder_is_killed_while_others_wait(forked):
 
     assert forked(die).wait() == -signal.SIGKILL
     assert child.wait() == 0
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_kill_loop_of_conditions():
+    """A bounded buffer whose producers and consumers are killed at random: it never stands still."""
+    lock, memory = sync.Lock(), SharedMemory(16)
+    not_empty, not_full = sync.Condition(lock), sync.Condition(lock)
+    cells = memory.buf.cast("q")
+
+    def work(ready, wait, change, tell):
+        def mend():
+            if lock.recovered:  # killed between the change and the notify
+                not_empty.notify_all()
+                not_full.notify_all()
+
+        ready()
+        while True:
+            with lock:
+                mend()
+                while cells[0] == (0 if change < 0 else 3):
+                    wait.wait()
+                    mend()
+                cells[0] += change
+                cells[1] += 1
+                tell.notify()
+
+    kinds = [(not_empty, -1, not_full), (not_full, 1, not_empty)] * 2
+    workers = [(kind, Forked(work, *kind)) for kind in kinds]
+    kills = 2000 if os.environ.get("IPCKIT_PROOF") else 60
+    for _ in range(kills):
+        kind, victim = workers.pop(0)
+        victim.wait_ready()
+        before = cells[1]
+        eventually(lambda: cells[1] > before + 20)  # noqa: B023
+        victim.kill()
+        assert victim.wait() == -signal.SIGKILL
+        victim.close()
+        workers.append((kind, Forked(work, *kind)))
+    for _, worker in workers:
+        worker.close()
+    print(f"{kills} kills, {lock.recoveries} with the lock")
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_kill_loop_of_a_barrier():
+    """Three walk in step, and one after the other is killed; who is told resets, and all go on."""
+    barrier, memory = sync.Barrier(3), SharedMemory(8)
+    cells = memory.buf.cast("q")
+
+    def work(ready):
+        ready()
+        while True:
+            try:
+                if barrier.wait() == 0:
+                    cells[0] += 1
+            except sync.BrokenBarrierError:
+                barrier.reset()
+
+    kills = 1000 if os.environ.get("IPCKIT_PROOF") else 30
+    workers = [Forked(work) for _ in range(3)]
+    for _ in range(kills):
+        victim = workers.pop(0)
+        victim.wait_ready()
+        before = cells[0]
+        eventually(lambda: cells[0] > before + 10)  # noqa: B023
+        victim.kill()
+        assert victim.wait() == -signal.SIGKILL
+        victim.close()
+        workers.append(Forked(work))
+    for worker in workers:
+        worker.close()
 
 
 # --- barriers --------------------------------------------------------------------------------------
