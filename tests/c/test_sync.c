@@ -251,16 +251,25 @@ static void one_notify_is_enough(void) {
     assert(ik_sync_condition_notify(memory, 5) == 0);
 }
 
+/* So that he doesn't look around himself, before who is to be killed does. */
+static void stop_the_sleeper(void) {
+    int status;
+    assert(kill(sleeper, SIGSTOP) == 0);
+    assert(waitpid(sleeper, &status, WUNTRACED) == sleeper && WIFSTOPPED(status));
+}
+
 /* The dead one was told what the living one waits for. */
 static void a_condition_to_inherit(void) {
     make(IK_SYNC_CONDITION, 0);
     pid_t dead = start_sleeper(sit_in_condition);
     sleeper = start_sleeper(wait_for_condition);
+    stop_the_sleeper();
     assert(ik_sync_condition_notify(memory, 1) == 1);
     end_of(dead);
 }
 
 static void it_was_inherited(void) {
+    assert(kill(sleeper, SIGCONT) == 0);
     assert(code_of(sleeper) == 0);
     assert(ik_sync_condition_notify(memory, 5) == 0);
 }
@@ -287,10 +296,12 @@ static void a_barrier_with_a_dead_party(void) {
     make(IK_SYNC_BARRIER, 3);
     pid_t dead = start_sleeper(pass_barrier);
     sleeper = start_sleeper(pass_barrier);
+    stop_the_sleeper();
     end_of(dead);
 }
 
 static void the_death_was_noticed(void) {
+    assert(kill(sleeper, SIGCONT) == 0);
     assert(code_of(sleeper) == 1);
     assert(ik_sync_barrier_is_broken(memory) == 1);
 }
