@@ -450,6 +450,8 @@ static bool is_not_yet(int64_t rc) {
 static int64_t receive(ends_object *ends, target *into, double seconds) {
     use(ends);
     int64_t rc = take_now(ends, into);
+    if (is_not_yet(rc) && seconds > 0 && ik_ring_glance(&ends->rings[RECV], RECV))
+        rc = take_now(ends, into);
     if (is_not_yet(rc))
         rc = seconds > 0 ? take_waiting(ends, into, seconds) : -ETIMEDOUT;
     if (!ends->closed)

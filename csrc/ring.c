@@ -823,6 +823,11 @@ void ik_ring_reopen(ik_ring *ring, int side) {
     __atomic_store_n(&ring->shared->closed[side], 0, __ATOMIC_RELEASE);
 }
 
+int ik_ring_glance(ik_ring *ring, int side) {
+    const ik_ring_end *end = &ring->ends[side];
+    return ik_wait_glance(word_of(&ring->shared->lines[!side]), (uint32_t)end->seen, &end->other);
+}
+
 int ik_ring_listen(ik_ring *ring, int side) {
     silence(ring->ends[side].bell);
     uint64_t other = load(&ring->shared->lines[!side].index);

@@ -148,6 +148,10 @@ void ik_ring_shut(ik_ring *ring, int side);
 /* Take that back. */
 void ik_ring_reopen(ik_ring *ring, int side);
 
+/* 1 if something came for the side (messages, room) within the microsecond that it is worth looking
+ * without letting others work; called right after -EAGAIN or -ETIMEDOUT. */
+int ik_ring_glance(ik_ring *ring, int side);
+
 /* Silence the bell of the side, and have it rung at the next commit of the other. 1, and it rings
  * now, if a receive would not block, or a send of any record. A sender tries again after this call
  * and before it waits. */
