@@ -844,9 +844,9 @@ void ik_ring_join(ik_ring *ring, int side) {
     __atomic_fetch_add(&ring->shared->users[side], 1, __ATOMIC_RELAXED);
 }
 
-void ik_ring_part(ik_ring *ring, int side) {
+void ik_ring_part(ik_ring *ring, int side, int for_good) {
     /* Release and acquire: the last one's shutting comes after what all the others sent. */
-    if (__atomic_fetch_sub(&ring->shared->users[side], 1, __ATOMIC_ACQ_REL) == 1)
+    if (__atomic_fetch_sub(&ring->shared->users[side], 1, __ATOMIC_ACQ_REL) == 1 && for_good)
         ik_ring_shut(ring, side);
 }
 

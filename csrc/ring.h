@@ -145,10 +145,10 @@ void ik_ring_step(ik_ring *ring, uint64_t len);
 /* No more messages from, or to, this side: wakes everybody. */
 void ik_ring_shut(ik_ring *ring, int side);
 
-/* One process more that uses the side, and one that does no more: the last of them shuts it. Who is
- * killed never parts. */
+/* One process more that uses the side, and one that does no more. The last of them shuts it, unless
+ * it parts in favour of one that will join. Who is killed never parts. */
 void ik_ring_join(ik_ring *ring, int side);
-void ik_ring_part(ik_ring *ring, int side);
+void ik_ring_part(ik_ring *ring, int side, int for_good);
 
 /* The peer's life has ended, it did not shut its side, and it left nothing for this one. */
 int ik_ring_is_deserted(const ik_ring *ring, int side);
