@@ -17,3 +17,4 @@ bool hot_add_class(PyObject *module, PyType_Spec *spec);
 /* Each adds the classes of its room; false with an exception. */
 bool hot_add_kernel(PyObject *module);
 bool hot_add_ring(PyObject *module);
+bool hot_add_sync(PyObject *module);
