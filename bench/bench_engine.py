@@ -12,6 +12,7 @@ time with all processes on one CPU, where only what sleeps while it waits takes 
 import argparse
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -307,6 +308,7 @@ def print_head(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = chosen()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or files of peers would be left
     print_head(options)
     every, done = os.sched_getaffinity(0), []
     passes = [True] if options.pinned else [False] if options.unpinned else [False, True]

@@ -542,7 +542,7 @@ class Channel(Peer):
         self.ends = our_channel.channel(capacity)
 
     def open(self, side: int) -> End:
-        end = self.ends[side].keep()
+        end = self.ends[side].claim()
         return End(end.send, end.recv, end.send_many, end.recv_many)
 
     def remove(self) -> None:

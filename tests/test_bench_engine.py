@@ -80,12 +80,13 @@ def test_one_row_on_one_cpu(folder):
     assert "polling" not in done.stdout
 
 
-def test_an_interrupted_run_shows_what_it_has():
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_shows_what_it_has(signum):
     command = [sys.executable, BENCH, "--rounds", "1", "--seconds", "60", "--row", "one way 64 B"]
     bench = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert "the fastest of 1 rounds" in bench.stdout.readline()
-        bench.send_signal(signal.SIGINT)
+        bench.send_signal(signum)
         _, err = bench.communicate(timeout=PATIENCE)
     finally:
         bench.kill()
