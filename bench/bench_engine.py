@@ -309,10 +309,10 @@ def print_head(options: argparse.Namespace) -> None:
 def main() -> None:
     options = chosen()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or files of peers would be left
-    print_head(options)
     every, done = os.sched_getaffinity(0), []
     passes = [True] if options.pinned else [False] if options.unpinned else [False, True]
     try:
+        print_head(options)
         for pinned in passes:
             os.sched_setaffinity(0, {min(every)} if pinned else every)
             for result in results(options, pinned):
