@@ -231,7 +231,12 @@ def test_in_place_there_is_only_half_the_ring(ring):
 
 
 def test_what_was_not_begun_cant_be_ended(ring):
-    for verb, name in [(ring.commit, "commit"), (ring.cancel, "cancel"), (ring.release, "release"), (ring.keep, "keep")]:
+    for verb, name in [
+        (ring.commit, "commit"),
+        (ring.cancel, "cancel"),
+        (ring.release, "release"),
+        (ring.keep, "keep"),
+    ]:
         with pytest.raises(RuntimeError, match=f"{name}: this thread has nothing"):
             verb()
     with pytest.raises(ValueError, match="not -1"):
@@ -503,7 +508,11 @@ def test_close_write_is_the_end_after_the_rest(either):
 
 def test_close_read_is_a_broken_pipe(either):
     either.close_read()
-    for verb in (lambda: either.send(b"x"), lambda: either.send_many([b"x"]), lambda: either.send(bytes(9999))):
+    for verb in (
+        lambda: either.send(b"x"),
+        lambda: either.send_many([b"x"]),
+        lambda: either.send(bytes(9999)),
+    ):
         with pytest.raises(BrokenPipeError) as caught:
             verb()
         assert caught.value.errno == errno.EPIPE
