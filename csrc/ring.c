@@ -33,6 +33,7 @@ struct ik_ring_shared {
     uint32_t flags;
     uint32_t max_messages;
     _Alignas(64) uint32_t closed[2]; /* apart: each send reads it and no send writes it */
+    uint32_t users[2];               /* processes that joined the side and have not parted */
     line lines[2];
     _Alignas(64) unsigned char locks[2][IK_LOCK_SIZE];
 };
@@ -190,33 +191,35 @@ static void pass_on(ik_ring *ring, int side) {
         wake(ring, side, 1);
 }
 
+/* Until nothing rings; but not for ever: the other may go on ringing. */
 static void silence(int bell) {
     char rung[512];
-    /* Not for ever: the other may go on ringing. */
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 512; i++) {
         ssize_t len = recv(bell, rung, sizeof rung, MSG_DONTWAIT);
-        if (len < 0 && errno == ENOTSOCK)
+        bool is_socket = len >= 0 || errno != ENOTSOCK;
+        if (!is_socket)
             len = read(bell, rung, sizeof rung);
-        if (len < (ssize_t)sizeof rung)
+        if (len < (is_socket ? 0 : (ssize_t)sizeof rung))
             return;
     }
 }
 
-/* Sleep in poll, on the bell and the peer's life. Life is asked for last, because what a peer did
- * before its end counts. */
-static int sleep_in_poll(const ik_ring *ring, int side, int64_t deadline_ns) {
+/* Sleep in poll, on the bell, the peer's life, and another bell if there is one. A peer whose life
+ * has ended may have done something before. */
+static int sleep_in_poll(const ik_ring *ring, int side, int other_bell, int64_t deadline_ns) {
     int64_t left = deadline_ns == IK_FOREVER ? INT64_MAX : deadline_ns - ik_wait_now();
     if (left <= 0)
         return -ETIMEDOUT;
     struct timespec time = {.tv_nsec = left < IK_SLICE ? left : IK_SLICE};
-    struct pollfd both[2] = {{.fd = ring->ends[side].bell, .events = POLLIN},
-                             {.fd = ring->life, .events = POLLRDHUP}};
-    int rc = ppoll(both, 2, &time, NULL);
+    struct pollfd all[3] = {{.fd = ring->ends[side].bell, .events = POLLIN},
+                            {.fd = ring->life, .events = POLLRDHUP},
+                            {.fd = other_bell, .events = POLLIN}};
+    int rc = ppoll(all, 3, &time, NULL);
     if (rc < 0)
         return -errno;
-    if (both[0].revents)
-        silence(both[0].fd);
-    else if (both[1].revents)
+    if (all[0].revents)
+        silence(all[0].fd);
+    if (all[1].revents)
         return -ECONNRESET;
     return rc > 0 ? 0 : left <= IK_SLICE ? -ETIMEDOUT : -EINTR;
 }
@@ -247,13 +250,21 @@ static int wait_for_other(ik_ring *ring, int side, uint32_t seen, int64_t deadli
     if (!announce(ring, side, in_poll ? LISTENS : SLEEPS, seen))
         return 0;
     IK_KILLPOINT("ring.asleep");
-    int rc = in_poll ? sleep_in_poll(ring, side, deadline_ns)
+    int rc = in_poll ? sleep_in_poll(ring, side, -1, deadline_ns)
                      : ik_wait_word(word_of(other), seen, deadline_ns);
     if (rc == 0 && is_locked(ring, side)) /* woken alone: the others may still be asleep */
         __atomic_fetch_or(&other->waiting, SLEEPS, __ATOMIC_RELAXED);
-    if (rc == -ECONNRESET && __atomic_load_n(word_of(other), __ATOMIC_RELAXED) != seen)
+    bool did_more =
+        __atomic_load_n(word_of(other), __ATOMIC_RELAXED) != seen || is_closed(ring, !side);
+    return rc == -ECONNRESET && did_more ? 0 : rc;
+}
+
+/* A peer that goes on changing its index could keep us looking at it for ever: every so many turns,
+ * what the waiting comes to. 0: go on. */
+static int after_turn(uint32_t turn, int64_t deadline_ns) {
+    if (turn % 1024)
         return 0;
-    return rc;
+    return deadline_ns > IK_NOW && ik_wait_now() >= deadline_ns ? -ETIMEDOUT : -EINTR;
 }
 
 /* --- entering an end ------------------------------------------------------------------------- */
@@ -266,10 +277,14 @@ static ik_lock *lock_of(const ik_ring *ring, int side) {
  * waits. */
 static const uint32_t CONTENDED = (uint32_t)1 << 31;
 
+/* No thread is inside, but the end is entered: see ik_ring_park(). */
+static const uint32_t PARKED = 0x7fffffff;
+
 /* A thread of the parent's that was inside at a fork is not in this process, and never leaves. */
 static bool is_left_behind(uint32_t busy) {
     int tid = (int)(busy & ~CONTENDED);
-    return tid && syscall(SYS_tgkill, getpid(), tid, 0) < 0 && errno == ESRCH;
+    return tid && (uint32_t)tid != PARKED && syscall(SYS_tgkill, getpid(), tid, 0) < 0 &&
+           errno == ESRCH;
 }
 
 static int wait_for_turn(ik_ring_end *end, int64_t deadline_ns) {
@@ -471,7 +486,7 @@ void ik_ring_stage(ik_ring *ring, uint64_t len) {
 }
 
 int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns) {
-    for (;;) {
+    for (uint32_t turn = 1;; turn++) {
         int rc = ik_ring_enter(ring, IK_RING_SEND, deadline_ns);
         if (rc < 0)
             return rc;
@@ -481,7 +496,7 @@ int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns) {
         ik_ring_leave(ring, IK_RING_SEND);
         if (rc == -EAGAIN)
             rc = wait_for_other(ring, IK_RING_SEND, seen, deadline_ns);
-        if (rc < 0)
+        if (rc < 0 || (rc = after_turn(turn, deadline_ns)) < 0)
             return rc;
     }
 }
@@ -497,9 +512,14 @@ static void begin_stream(ik_ring *ring, ik_ring_progress *progress) {
     IK_KILLPOINT("ring.stream");
 }
 
-/* For between two pieces that did not wait: with a busy peer they might go on for ever. */
-static bool is_over(int64_t deadline_ns) {
-    return deadline_ns > IK_NOW && ik_wait_now() >= deadline_ns;
+/* After a piece that did not wait: with a busy peer they might go on for long, with a hostile one
+ * for ever. 0: go on; -ETIMEDOUT, -EINTR. */
+static int after_piece(uint32_t pieces, int64_t deadline_ns) {
+    if (deadline_ns == IK_NOW)
+        return pieces % 65536 ? 0 : -ETIMEDOUT;
+    if (deadline_ns > IK_NOW && ik_wait_now() >= deadline_ns)
+        return -ETIMEDOUT;
+    return pieces % 256 ? 0 : -EINTR;
 }
 
 static uint64_t piece_limit(const ik_ring *ring) {
@@ -602,15 +622,15 @@ static int finish_stream(ik_ring *ring, ik_ring_progress *progress, int64_t dead
 
 /* Until everything is in the ring. */
 static int send_pieces(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
-                       int64_t deadline_ns) {
+                       uint32_t *pieces, int64_t deadline_ns) {
     while (progress->done < len) {
         begin_again_if_asked(ring, progress);
         int rc = send_piece(ring, progress, data, len);
         if (rc == -EAGAIN)
             rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)ring->ends[IK_RING_SEND].seen,
                                 piece_deadline(progress, deadline_ns));
-        else if (rc == 0 && progress->done < len && is_over(deadline_ns))
-            rc = -ETIMEDOUT;
+        else if (rc == 0 && progress->done < len)
+            rc = after_piece(++*pieces, deadline_ns);
         if (rc < 0)
             return rc;
     }
@@ -626,8 +646,9 @@ static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *da
             return rc;
         begin_stream(ring, progress);
     }
+    uint32_t pieces = 0;
     do {
-        rc = send_pieces(ring, progress, data, len, deadline_ns);
+        rc = send_pieces(ring, progress, data, len, &pieces, deadline_ns);
         if (rc == 0)
             rc = finish_stream(ring, progress, deadline_ns);
         if (rc == 1)
@@ -760,7 +781,7 @@ void ik_ring_step(ik_ring *ring, uint64_t len) {
 }
 
 int ik_ring_wait_message(ik_ring *ring, int64_t deadline_ns) {
-    for (;;) {
+    for (uint32_t turn = 1;; turn++) {
         const void *data;
         uint64_t len;
         int rc = ik_ring_enter(ring, IK_RING_RECV, deadline_ns);
@@ -772,7 +793,7 @@ int ik_ring_wait_message(ik_ring *ring, int64_t deadline_ns) {
         ik_ring_leave(ring, IK_RING_RECV);
         if (rc == -EAGAIN)
             rc = wait_for_other(ring, IK_RING_RECV, seen, deadline_ns);
-        if (rc < 0)
+        if (rc < 0 || (rc = after_turn(turn, deadline_ns)) < 0)
             return rc;
     }
 }
@@ -827,18 +848,18 @@ static int recv_piece(ik_ring *ring, ik_ring_progress *progress, void *buffer, u
     }
     if (kind < 0)
         return kind == -ENODATA ? -ECONNABORTED : kind;
-    uint64_t extra = progress->inside ? 0 : sizeof total;
+    uint64_t extra = progress->inside ? 0 : sizeof total, left = len - progress->done;
+    uint64_t most = piece_limit(ring) - extra, piece = left < most ? left : most;
     if (progress->inside && ((kind != MORE && kind != LAST) || id != progress->stream))
         return -ECONNABORTED; /* something else came: its sender gave up */
-    if ((!progress->inside && kind != FIRST) || size <= extra)
-        return -EBADMSG; /* also a piece of nothing, of which there could be any number */
-    memcpy(&total, payload(ring), extra);
-    if (total != len || size - extra > len - progress->done ||
-        (kind == LAST) != (size - extra == len - progress->done))
+    if ((!progress->inside && kind != FIRST) || size < extra)
         return -EBADMSG;
-    memcpy((char *)buffer + progress->done, payload(ring) + extra, size - extra);
+    memcpy(&total, payload(ring), extra);
+    if (total != len || size - extra != piece || (kind == LAST) != (piece == left))
+        return -EBADMSG; /* also smaller pieces, of which there could be any number */
+    memcpy((char *)buffer + progress->done, payload(ring) + extra, piece);
     int inside = progress->inside == TAKEN ? TAKEN : SENDING;
-    *progress = (ik_ring_progress){progress->done + size - extra, id, inside};
+    *progress = (ik_ring_progress){progress->done + piece, id, inside};
     skip(ring, size);
     return kind == LAST ? receive_last(ring, progress) : receive_more(ring, progress, len);
 }
@@ -858,20 +879,19 @@ static int wait_for_piece(ik_ring *ring, ik_ring_progress *progress, int64_t dea
         look_after(ring, IK_RING_SEND);
     if (rc < 0 && !is_being_sent(ring, progress))
         return 0; /* it is all there, or there will be no more */
-    if (rc == -ETIMEDOUT && !rewind_stream(ring, progress->stream))
-        return 0;
     return rc;
 }
 
 int ik_ring_recv_stream(ik_ring *ring, ik_ring_progress *progress, void *buffer, uint64_t len,
                         int64_t deadline_ns) {
-    for (;;) {
+    for (uint32_t pieces = 1;; pieces++) {
         int rc = recv_piece(ring, progress, buffer, len);
         if (rc == -EAGAIN)
             rc = wait_for_piece(ring, progress, deadline_ns);
-        else if (rc == 0 && progress->inside == TAKEN && is_over(deadline_ns) &&
-                 rewind_stream(ring, progress->stream))
-            rc = -ETIMEDOUT;
+        else if (rc == 0 && progress->inside == TAKEN)
+            rc = after_piece(pieces, deadline_ns);
+        if (rc == -ETIMEDOUT && progress->inside == TAKEN && !rewind_stream(ring, progress->stream))
+            rc = 0;
         if (rc == -EINTR)
             return rc;
         if (rc != 0) {
@@ -943,8 +963,32 @@ void ik_ring_shut(ik_ring *ring, int side) {
     ik_ring_wake(ring, IK_RING_RECV);
 }
 
+void ik_ring_join(ik_ring *ring, int side) {
+    __atomic_fetch_add(&ring->shared->users[side], 1, __ATOMIC_RELAXED);
+}
+
+void ik_ring_part(ik_ring *ring, int side, int for_good) {
+    /* Release and acquire: the last one's shutting comes after what all the others sent. */
+    if (__atomic_fetch_sub(&ring->shared->users[side], 1, __ATOMIC_ACQ_REL) == 1 && for_good)
+        ik_ring_shut(ring, side);
+}
+
+int ik_ring_is_deserted(const ik_ring *ring, int side) {
+    struct pollfd life = {.fd = ring->life, .events = POLLRDHUP};
+    if (poll(&life, 1, 0) <= 0 || is_closed(ring, !side))
+        return 0;
+    const line *lines = ring->shared->lines;
+    return side == IK_RING_SEND ||
+           load(&lines[IK_RING_SEND].index) == load(&lines[IK_RING_RECV].index);
+}
+
 void ik_ring_reopen(ik_ring *ring, int side) {
     __atomic_store_n(&ring->shared->closed[side], 0, __ATOMIC_RELEASE);
+}
+
+int ik_ring_glance(ik_ring *ring, int side) {
+    const ik_ring_end *end = &ring->ends[side];
+    return ik_wait_glance(word_of(&ring->shared->lines[!side]), (uint32_t)end->seen, &end->other);
 }
 
 int ik_ring_listen(ik_ring *ring, int side) {
@@ -957,6 +1001,33 @@ int ik_ring_listen(ik_ring *ring, int side) {
         return 0;
     ring_bell(ring->ends[side].bell);
     return 1;
+}
+
+/* --- both ways at a time --------------------------------------------------------------------- */
+
+int ik_ring_spin(ik_ring *ring, int side) {
+    const uint32_t *word = word_of(&ring->shared->lines[!side]);
+    return ik_wait_spin(word, __atomic_load_n(word, __ATOMIC_RELAXED), &ring->ends[side].other);
+}
+
+int ik_ring_sleep_both(const ik_ring *out, const ik_ring *in, int64_t deadline_ns) {
+    int rc = sleep_in_poll(out, IK_RING_SEND, in ? in->ends[IK_RING_RECV].bell : -1, deadline_ns);
+    return rc == -ECONNRESET && is_closed(out, IK_RING_RECV) ? 0 : rc;
+}
+
+static void set_inside(ik_ring_end *end, uint32_t thread) {
+    uint32_t found = __atomic_load_n(&end->busy, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&end->busy, &found, thread | (found & CONTENDED), false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        continue;
+}
+
+void ik_ring_park(ik_ring *ring) {
+    set_inside(&ring->ends[IK_RING_RECV], PARKED);
+}
+
+void ik_ring_resume(ik_ring *ring) {
+    set_inside(&ring->ends[IK_RING_RECV], (uint32_t)ik_wait_thread());
 }
 
 void ik_ring_get_stats(ik_ring *ring, ik_ring_stats *ret_stats) {

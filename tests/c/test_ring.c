@@ -272,6 +272,7 @@ static void closing_wakes_who_sleeps(void) {
             usleep(100);
         ik_ring_shut(&ring, IK_RING_SEND);
         reap(receiver);
+        ik_ring_reopen(&ring, IK_RING_SEND);
         for (int len = 100; len <= 10000; len += 9900) {
             pid_t sender = forked(send_until_closed, &ring, len);
             while (!stats_of(&ring).asleep[IK_RING_SEND])
@@ -403,6 +404,10 @@ static void send_until_stuck(ik_ring *ring, ik_ring_progress *progress, uint64_t
     assert(ik_ring_send(ring, progress, bytes, len, IK_FOREVER) == -EINTR && progress->inside);
 }
 
+static int send_on(ik_ring *ring, ik_ring_progress *progress, uint64_t len) {
+    return ik_ring_send(ring, progress, bytes, len, IK_FOREVER);
+}
+
 static void recv_until_stuck(ik_ring *ring, ik_ring_progress *progress, uint64_t len) {
     const void *data;
     uint64_t found;
@@ -473,12 +478,13 @@ static void a_long_message_is_sent_again(bool timed_out) {
         ik_ring_give_up(&first, IK_RING_RECV, &receiving);
     receiving = (ik_ring_progress){0};
     send_until_stuck(&ring, &sending, 10000);
-    for (int i = 0; i < 10 && sending.inside; i++) {
-        recv_until_stuck(&second, &receiving, 10000);
-        if (ik_ring_send(&ring, &sending, bytes, 10000, IK_FOREVER) == 0)
-            break;
+    recv_until_stuck(&second, &receiving, 10000);
+    int rc = -EINTR;
+    for (int i = 0; i < 10 && rc == -EINTR; i++) {
+        send_until_stuck(&ring, &sending, 10000);
+        rc = ik_ring_recv_stream(&second, &receiving, got, 10000, IK_FOREVER);
     }
-    assert(ik_ring_recv_stream(&second, &receiving, got, 10000, IK_NOW) == 0);
+    assert(rc == 0 && send_on(&ring, &sending, 10000) == 0);
     assert(is_filled(got, 10000, 3) && stats_of(&ring).sent == 1 && stats_of(&ring).received == 1);
     assert(stats_of(&ring).used == 0);
     drop(&ring);
