@@ -607,13 +607,12 @@ class Listener:
                 await wait.ready(self.fileno(), wait.READ, end, f"accept at {self.path!r}")
 
     def _accept(self, end: int) -> Channel:
+        turn = 0
         while True:
+            turn += 1
             sock = self._listening()
             left = wait.remaining(end)
-            try:
-                events = self._poll.poll(_SLICE if left is None else min(left, _SLICE))
-            except ValueError:  # closed by another thread
-                events = []
+            events = self._poll.poll(_SLICE if left is None else min(left, _SLICE))
             self._listening()
             for fd, _ in events:
                 if fd == sock.fileno():
@@ -621,7 +620,8 @@ class Listener:
                 elif (made := self._answer(fd)) is not None:
                     return made
             self._drop_late()
-            if not events and wait.remaining(end) == 0:
+            # Without time to wait, what is there is looked at a few times: for who comes, and what it says.
+            if wait.remaining(end) == 0 and (turn > 8 or not events):
                 check(-errno.ETIMEDOUT, f"accept at {self.path!r}")
 
     def _greet(self, sock: socket.socket) -> None:
@@ -684,13 +684,14 @@ class Listener:
         with ExitStack() as undo:
             bells = _new_bells()
             undo.callback(_close_all, bells)
-            if not self._tell(client, [memory.fileno(), *bells.turned()], limits[0]):
-                self.refused += 1
-                return None
             what = f"channel of {self._capacity} bytes to a client at {self.path!r}"
+            # Before the client can write into the memory.
             end = Channel._make(memory, 0, bells, client.fileno(), limits, what)
             undo.pop_all()
-        client.detach()
+        if not self._tell(client.detach(), [memory.fileno(), *bells.turned()], limits[0]):
+            self.refused += 1
+            end.close()
+            return None
         return end.claim()
 
     def fileno(self) -> int:
@@ -712,6 +713,7 @@ class Listener:
         sock, self._sock = self._sock, None
         if sock is None:
             return
+        self._turn.acquire(timeout=4 * _SLICE)  # a thread that accepts notices, unless it is this one
         with sock:
             if self._maker == os.getpid():
                 with suppress(OSError):  # while it is bound, no other file can be mistaken for it
