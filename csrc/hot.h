@@ -8,6 +8,8 @@
 #include <Python.h>
 #include <stdbool.h>
 
+#include "queues.h"
+
 /* Call the method of that name with the arguments of a vectorcall. */
 PyObject *hot_leave_to(const char *name, PyObject *self, PyObject *const *args, Py_ssize_t count,
                        PyObject *names);
@@ -17,3 +19,34 @@ bool hot_add_class(PyObject *module, PyType_Spec *spec);
 /* Each adds the classes of its room; false with an exception. */
 bool hot_add_kernel(PyObject *module);
 bool hot_add_ring(PyObject *module);
+bool hot_add_sync(PyObject *module);
+bool hot_add_queues(PyObject *module, PyObject *ends_class);
+
+/* --- of hot_ring.c, for the classes built on Ends ----------------------------------------------
+ */
+
+/* What an Ends has that is a queue's. */
+typedef struct {
+    PyObject *dumps, *loads; /* NULL: messages are bytes */
+    PyObject *rest;          /* list of messages that come before those in the ring, or NULL */
+    ik_queue_doing *doing;   /* ours in the table of who takes part; NULL: we are not in it */
+    uint32_t lacks;          /* roles that we are not in it with yet; 0 for what is no queue */
+} hot_queue;
+
+hot_queue *hot_ring_queue(PyObject *self);
+
+/* For put and get, before all: not closed, and in the table with the role; else an exception. */
+bool hot_ring_begin(PyObject *self, int side, const char *verb);
+
+/* 0, or -errno as ik_ring_send(), for hot_ring_fail(). */
+int hot_ring_send(PyObject *self, const void *data, uint64_t len, double seconds);
+
+/* The message, or NULL with -errno. What has a timeout waits to its end, as the standard library's
+ * queues do, also where nothing can come any more. */
+PyObject *hot_ring_recv(PyObject *self, double seconds, int64_t *ret_error);
+
+/* So too. Those that are there, at least one; NULL with an exception. */
+PyObject *hot_ring_recv_row(PyObject *self, const char *verb, Py_ssize_t most, double seconds);
+
+/* Raise. Always NULL. */
+PyObject *hot_ring_fail(PyObject *self, int64_t rc, const char *verb, uint64_t size);

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <math.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "hot.h"
@@ -44,6 +45,7 @@ typedef struct {
     bool unused;    /* the first verb in this process calls _join() */
     bool listening; /* somebody polls our bell */
     bool lulls;     /* there is a _lull() */
+    hot_queue queue;
 } ends_object;
 
 static ends_object *ends_of(PyObject *self) {
@@ -93,19 +95,26 @@ static bool begin_use(ends_object *ends) {
     return none;
 }
 
-static bool read_call(ends_object *ends, const char *verb, PyObject *const *args, Py_ssize_t count,
-                      Py_ssize_t least, Py_ssize_t most, PyObject *names, double *ret_seconds) {
+/* False with an exception: closed, or there is no place in the queue's table. */
+static bool can_begin(ends_object *ends, int side, const char *verb) {
+    PyObject *self = (PyObject *)ends, *none;
+    if (!ends->closed && !(ends->queue.lacks & 1u << side))
+        return !ends->unused || begin_use(ends);
+    none = ends->closed ? PyObject_CallMethod(self, "_fail", "isKK", -EBADF, verb, 0ull, 0ull)
+                        : PyObject_CallMethod(self, "_take_part", "i", 1 << side);
+    Py_XDECREF(none);
+    return none;
+}
+
+static bool read_call(ends_object *ends, int side, const char *verb, PyObject *const *args,
+                      Py_ssize_t count, Py_ssize_t least, Py_ssize_t most, PyObject *names,
+                      double *ret_seconds) {
     if (count < least || count > most) {
         PyErr_Format(PyExc_TypeError, "%s() takes %zd positional arguments, not %zd", verb, most,
                      count);
         return false;
     }
-    if (!read_timeout(verb, args + count, names, ret_seconds))
-        return false;
-    if (!ends->closed)
-        return !ends->unused || begin_use(ends);
-    Py_XDECREF(PyObject_CallMethod((PyObject *)ends, "_fail", "isKK", -EBADF, verb, 0ull, 0ull));
-    return false;
+    return read_timeout(verb, args + count, names, ret_seconds) && can_begin(ends, side, verb);
 }
 
 /* The clock is read only by who waits. */
@@ -175,6 +184,42 @@ static void unuse(ends_object *ends) {
         unuse(ends);                                                                               \
     } while (0)
 
+/* --- what the table of a queue shows of us ------------------------------------------------------
+ */
+
+/* Under the GIL; others read at any moment. */
+static void add(uint32_t *word, uint32_t change) {
+    __atomic_store_n(word, __atomic_load_n(word, __ATOMIC_RELAXED) + change, __ATOMIC_RELAXED);
+}
+
+static void show(ends_object *ends, int side) {
+    if (ends->queue.doing)
+        add(&ends->queue.doing->inside[side], 1);
+}
+
+static void show_end(ends_object *ends, int side) {
+    struct timespec now;
+    if (!ends->queue.doing)
+        return;
+    add(&ends->queue.doing->inside[side], (uint32_t)-1);
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    __atomic_store_n(&ends->queue.doing->active_ns, (int64_t)now.tv_sec * 1000000000 + now.tv_nsec,
+                     __ATOMIC_RELAXED);
+}
+
+/* From use() to unuse(), of a call that waits. */
+static void use_waiting(ends_object *ends) {
+    use(ends);
+    if (ends->queue.doing)
+        add(&ends->queue.doing->waiting, 1);
+}
+
+static void unuse_waiting(ends_object *ends) {
+    if (ends->queue.doing)
+        add(&ends->queue.doing->waiting, (uint32_t)-1);
+    unuse(ends);
+}
+
 /* --- sending --------------------------------------------------------------------------------- */
 
 static int take_in(ends_object *ends);
@@ -238,7 +283,7 @@ static int send_waiting(ends_object *ends, const void *data, uint64_t len, doubl
     int64_t deadline_ns = deadline_after(seconds);
     ik_ring_progress progress = {0};
     int rc;
-    use(ends);
+    use_waiting(ends);
     do {
         if (ends->max_inbox)
             rc = send_both_ways(ends, &progress, data, len, deadline_ns);
@@ -248,7 +293,7 @@ static int send_waiting(ends_object *ends, const void *data, uint64_t len, doubl
     } while (rc == -EINTR && !PyErr_Occurred() && look_around(ends, "send"));
     if (rc < 0)
         ik_ring_give_up(&ends->rings[SEND], SEND, &progress);
-    unuse(ends);
+    unuse_waiting(ends);
     return rc;
 }
 
@@ -264,21 +309,28 @@ static int send_bytes(ends_object *ends, const void *data, uint64_t len, double 
     return rc == -ETIMEDOUT && seconds > 0 ? send_waiting(ends, data, len, seconds) : rc;
 }
 
+static int send_shown(ends_object *ends, const void *data, uint64_t len, double seconds) {
+    show(ends, SEND);
+    int rc = send_bytes(ends, data, len, seconds);
+    show_end(ends, SEND);
+    return rc;
+}
+
 static PyObject *ends_send(PyObject *self, PyObject *const *args, Py_ssize_t count,
                            PyObject *names) {
     ends_object *ends = ends_of(self);
     double seconds;
     Py_buffer data;
     int rc;
-    if (!read_call(ends, "send", args, count, 1, 1, names, &seconds))
+    if (!read_call(ends, SEND, "send", args, count, 1, 1, names, &seconds))
         return NULL;
     if (PyBytes_CheckExact(args[0])) {
         data.len = PyBytes_GET_SIZE(args[0]);
-        rc = send_bytes(ends, PyBytes_AS_STRING(args[0]), (uint64_t)data.len, seconds);
+        rc = send_shown(ends, PyBytes_AS_STRING(args[0]), (uint64_t)data.len, seconds);
     } else {
         if (PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE) < 0)
             return NULL;
-        rc = send_bytes(ends, data.buf, (uint64_t)data.len, seconds);
+        rc = send_shown(ends, data.buf, (uint64_t)data.len, seconds);
         PyBuffer_Release(&data);
     }
     return rc < 0 ? fail(ends, rc, "send", (uint64_t)data.len, ends->max_message)
@@ -384,11 +436,14 @@ static PyObject *ends_send_many(PyObject *self, PyObject *const *args, Py_ssize_
                                 PyObject *names) {
     ends_object *ends = ends_of(self);
     double seconds;
-    if (!read_call(ends, "send_many", args, count, 1, 1, names, &seconds))
+    if (!read_call(ends, SEND, "send_many", args, count, 1, 1, names, &seconds))
         return NULL;
     PyObject *result = NULL, *messages = PySequence_Tuple(args[0]); /* nobody else changes it */
-    if (messages && can_be_sent(ends, messages))
+    if (messages && can_be_sent(ends, messages)) {
+        show(ends, SEND);
         result = send_all(ends, messages, seconds);
+        show_end(ends, SEND);
+    }
     Py_XDECREF(messages);
     return result;
 }
@@ -400,6 +455,7 @@ typedef struct {
     PyObject *bytes; /* made when the length is known, if there is no buffer */
     char *buffer;
     uint64_t size;
+    bool to_the_end; /* of the timeout it waits, also where nothing can come any more */
 } target;
 
 static char *memory_for(target *into, uint64_t len) {
@@ -578,6 +634,7 @@ static int64_t wait_and_take(ends_object *ends, target *into, int64_t deadline_n
 
 static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
     int64_t rc, deadline_ns = deadline_after(seconds);
+    use_waiting(ends);
     ends->receivers++;
     for (;;) {
         rc = wait_and_take(ends, into, deadline_ns);
@@ -585,13 +642,14 @@ static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
             break;
         if (rc != -EINTR && is_past(deadline_ns))
             rc = -ETIMEDOUT;
-        else if (PyErr_Occurred() || !look_around(ends, "recv"))
+        else if (PyErr_Occurred() || !look_around(ends, into->to_the_end ? "wait" : "recv"))
             rc = -EINTR;
         else
             continue;
         break;
     }
     ends->receivers--;
+    unuse_waiting(ends);
     return rc;
 }
 
@@ -609,9 +667,13 @@ static bool is_not_yet(int64_t rc) {
 
 static int64_t receive(ends_object *ends, target *into, double seconds) {
     use(ends);
+    show(ends, RECV);
     int64_t rc = take_now(ends, into);
+    if (is_not_yet(rc) && seconds > 0 && ik_ring_glance(&ends->rings[RECV], RECV))
+        rc = take_now(ends, into);
     if (is_not_yet(rc))
         rc = seconds > 0 ? take_waiting(ends, into, seconds) : -ETIMEDOUT;
+    show_end(ends, RECV);
     if (!ends->closed)
         keep_listening(ends);
     unuse(ends);
@@ -623,7 +685,7 @@ static PyObject *ends_recv(PyObject *self, PyObject *const *args, Py_ssize_t cou
     ends_object *ends = ends_of(self);
     double seconds;
     target into = {0};
-    if (!read_call(ends, "recv", args, count, 0, 0, names, &seconds))
+    if (!read_call(ends, RECV, "recv", args, count, 0, 0, names, &seconds))
         return NULL;
     int64_t rc = receive(ends, &into, seconds);
     return rc >= 0 ? into.bytes : fail(ends, rc, "recv", into.size, ends->max_message);
@@ -634,7 +696,7 @@ static PyObject *ends_recv_into(PyObject *self, PyObject *const *args, Py_ssize_
     ends_object *ends = ends_of(self);
     double seconds;
     Py_buffer room;
-    if (!read_call(ends, "recv_into", args, count, 1, 1, names, &seconds))
+    if (!read_call(ends, RECV, "recv_into", args, count, 1, 1, names, &seconds))
         return NULL;
     if (PyObject_GetBuffer(args[0], &room, PyBUF_WRITABLE) < 0) {
         if (PyObject_CheckBuffer(args[0])) {
@@ -678,17 +740,18 @@ static bool has_none(const ends_object *ends) {
 }
 
 /* At least one, or NULL with an exception. */
-static PyObject *receive_row(ends_object *ends, Py_ssize_t most, double seconds) {
+static PyObject *receive_row(ends_object *ends, const char *verb, Py_ssize_t most, double seconds,
+                             bool to_the_end) {
     PyObject *list = PyList_New(0);
     if (list && has_none(ends) && ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
         list = take_row(ends, list, most);
     if (!list || PyList_GET_SIZE(list))
         return list;
-    target into = {0};
+    target into = {.to_the_end = to_the_end};
     int64_t rc = receive(ends, &into, seconds);
     if (rc < 0) {
         Py_DECREF(list);
-        return fail(ends, rc, "recv_many", into.size, ends->max_message);
+        return fail(ends, rc, verb, into.size, ends->max_message);
     }
     if (PyList_Append(list, into.bytes) < 0)
         Py_CLEAR(list);
@@ -702,6 +765,17 @@ static PyObject *receive_row(ends_object *ends, Py_ssize_t most, double seconds)
     if (list && PyList_GET_SIZE(list) < most && has_none(ends) && !ends->closed &&
         ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
         list = take_row(ends, list, most);
+    return list;
+}
+
+static PyObject *receive_shown(ends_object *ends, const char *verb, Py_ssize_t most, double seconds,
+                               bool to_the_end) {
+    show(ends, RECV);
+    most = most < AT_MOST ? most : AT_MOST;
+    PyObject *list = receive_row(ends, verb, most, seconds, to_the_end);
+    show_end(ends, RECV);
+    if (list && !ends->closed)
+        keep_listening(ends);
     return list;
 }
 
@@ -719,7 +793,7 @@ static PyObject *ends_recv_many(PyObject *self, PyObject *const *args, Py_ssize_
     Py_ssize_t most = AT_MOST;
     if (count == 0 && has_keyword(names, "max"))
         return hot_leave_to("_recv_many", self, args, count, names);
-    if (!read_call(ends, "recv_many", args, count, 0, 1, names, &seconds))
+    if (!read_call(ends, RECV, "recv_many", args, count, 0, 1, names, &seconds))
         return NULL;
     if (count && args[0] != Py_None) {
         most = PyNumber_AsSsize_t(args[0], NULL);
@@ -728,10 +802,7 @@ static PyObject *ends_recv_many(PyObject *self, PyObject *const *args, Py_ssize_
         if (most < 1)
             return PyErr_Format(PyExc_ValueError, "max must be at least 1, not %R", args[0]);
     }
-    PyObject *list = receive_row(ends, most < AT_MOST ? most : AT_MOST, seconds);
-    if (list && !ends->closed)
-        keep_listening(ends);
-    return list;
+    return receive_shown(ends, "recv_many", most, seconds, false);
 }
 
 /* --- in place -------------------------------------------------------------------------------- */
@@ -754,6 +825,7 @@ static PyObject *lend(ends_object *ends, int side, const void *data, uint64_t le
     ends->loaned[side] = len;
     ends->lender[side] = ik_wait_thread();
     use(ends);
+    show(ends, side);
     return part;
 }
 
@@ -763,6 +835,7 @@ static PyObject *lend_kept(ends_object *ends) {
         Py_XSETREF(ends->loans[RECV], Py_NewRef(part));
         ends->lender[RECV] = ik_wait_thread();
         use(ends);
+        show(ends, RECV);
     }
     return part;
 }
@@ -776,6 +849,7 @@ static bool take_back(ends_object *ends, int side, const char *verb) {
         return false;
     }
     ends->lender[side] = 0;
+    show_end(ends, side);
     PyObject *loan = ends->loans[side];
     ends->loans[side] = NULL;
     PyObject *none = loan ? PyObject_CallMethod(loan, "release", NULL) : NULL;
@@ -798,7 +872,7 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
     ends_object *ends = ends_of(self);
     ik_ring *ring = &ends->rings[SEND];
     double seconds;
-    if (!read_call(ends, "reserve", args, count, 1, 1, names, &seconds))
+    if (!read_call(ends, SEND, "reserve", args, count, 1, 1, names, &seconds))
         return NULL;
     Py_ssize_t len = PyNumber_AsSsize_t(args[0], PyExc_OverflowError);
     if (len < 0)
@@ -809,7 +883,7 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
                     ring->largest < ends->max_message ? ring->largest : ends->max_message);
     int rc = ik_ring_wait_room(ring, (uint64_t)len, IK_NOW);
     int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
-    use(ends);
+    use_waiting(ends);
     while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {
         WITHOUT_GIL(ends, rc = ik_ring_wait_room(ring, (uint64_t)len, deadline_ns));
         if (rc != -EINTR || !look_around(ends, "reserve"))
@@ -818,7 +892,7 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
     void *room = NULL;
     if (rc == 0 && !(room = ik_ring_reserve(ring, (uint64_t)len, &rc)))
         ik_ring_leave(ring, SEND); /* closed in this moment */
-    unuse(ends);
+    unuse_waiting(ends);
     return room ? lend(ends, SEND, room, (uint64_t)len)
                 : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
 }
@@ -860,7 +934,7 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
     double seconds;
     const void *data;
     uint64_t len = 0;
-    if (!read_call(ends, "peek", args, count, 0, 0, names, &seconds))
+    if (!read_call(ends, RECV, "peek", args, count, 0, 0, names, &seconds))
         return NULL;
     if (ends->kept)
         return lend_kept(ends);
@@ -869,7 +943,7 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
                     ring->largest);
     int rc = ik_ring_wait_message(ring, IK_NOW);
     int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
-    use(ends);
+    use_waiting(ends);
     ends->receivers++;
     while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {
         WITHOUT_GIL(ends, rc = ik_ring_wait_message(ring, deadline_ns));
@@ -886,7 +960,7 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
     }
     PyObject *part =
         rc == 1 ? lend(ends, RECV, data, len) : fail(ends, rc, "peek", len, ring->largest);
-    unuse(ends);
+    unuse_waiting(ends);
     return part;
 }
 
@@ -922,7 +996,7 @@ static PyObject *ends_keep(PyObject *self, PyObject *none) {
 static PyObject *ends_send_some(PyObject *self, PyObject *data) {
     ends_object *ends = ends_of(self);
     Py_buffer given;
-    if (!read_call(ends, "asend", NULL, 0, 0, 0, NULL, &(double){0}) ||
+    if (!read_call(ends, SEND, "asend", NULL, 0, 0, 0, NULL, &(double){0}) ||
         PyObject_GetBuffer(data, &given, PyBUF_SIMPLE) < 0)
         return NULL;
     uint64_t len = (uint64_t)given.len;
@@ -988,7 +1062,7 @@ static int take_in(ends_object *ends) {
 static PyObject *ends_take_in(PyObject *self, PyObject *none) {
     ends_object *ends = ends_of(self);
     (void)none;
-    if (!read_call(ends, "asend", NULL, 0, 0, 0, NULL, &(double){0}))
+    if (!read_call(ends, RECV, "asend", NULL, 0, 0, 0, NULL, &(double){0}))
         return NULL;
     use(ends);
     int took = take_in(ends);
@@ -1001,7 +1075,7 @@ static PyObject *ends_recv_some(PyObject *self, PyObject *none) {
     ends_object *ends = ends_of(self);
     target into = {0};
     (void)none;
-    if (!read_call(ends, "arecv", NULL, 0, 0, 0, NULL, &(double){0}))
+    if (!read_call(ends, RECV, "arecv", NULL, 0, 0, 0, NULL, &(double){0}))
         return NULL;
     use(ends);
     int64_t rc = take_some(ends, &into);
@@ -1044,7 +1118,7 @@ static PyObject *ends_stop_receiving(PyObject *self, PyObject *none) {
 static PyObject *ends_listen(PyObject *self, PyObject *value) {
     ends_object *ends = ends_of(self);
     int side = PyLong_AsLong(value) == RECV ? RECV : SEND;
-    if (!read_call(ends, "fileno", NULL, 0, 0, 0, NULL, &(double){0}))
+    if (!read_call(ends, RECV, "fileno", NULL, 0, 0, 0, NULL, &(double){0}))
         return NULL;
     ends->listening |= side == RECV;
     if (side == RECV)
@@ -1138,6 +1212,7 @@ static PyObject *ends_shut_down(PyObject *self, PyObject *none) {
     }
     Py_CLEAR(ends->kept);
     Py_CLEAR(ends->later);
+    ends->queue.doing = NULL;
     ends->closed = true;
     if (ends->users == 0)
         drop_views(ends);
@@ -1170,6 +1245,9 @@ static void ends_dealloc(PyObject *self) {
     drop_views(ends_of(self)); /* the loans of other threads too */
     for (int side = 0; side < 2; side++)
         Py_CLEAR(ends_of(self)->loans[side]);
+    Py_XDECREF(ends_of(self)->queue.dumps);
+    Py_XDECREF(ends_of(self)->queue.loads);
+    Py_XDECREF(ends_of(self)->queue.rest);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -1314,5 +1392,39 @@ static PyType_Spec spec = {
 };
 
 bool hot_add_ring(PyObject *module) {
-    return hot_add_class(module, &spec);
+    if (!hot_add_class(module, &spec))
+        return false;
+    PyObject *class = PyObject_GetAttrString(module, "Ends");
+    bool added = class && hot_add_queues(module, class);
+    Py_XDECREF(class);
+    return added;
+}
+
+/* --- for the classes built on Ends ---------------------------------------------------------- */
+
+hot_queue *hot_ring_queue(PyObject *self) {
+    return &ends_of(self)->queue;
+}
+
+bool hot_ring_begin(PyObject *self, int side, const char *verb) {
+    return can_begin(ends_of(self), side, verb);
+}
+
+int hot_ring_send(PyObject *self, const void *data, uint64_t len, double seconds) {
+    return send_shown(ends_of(self), data, len, seconds);
+}
+
+PyObject *hot_ring_recv(PyObject *self, double seconds, int64_t *ret_error) {
+    target into = {.to_the_end = isfinite(seconds)};
+    int64_t rc = receive(ends_of(self), &into, seconds);
+    *ret_error = rc;
+    return rc < 0 ? NULL : into.bytes;
+}
+
+PyObject *hot_ring_recv_row(PyObject *self, const char *verb, Py_ssize_t most, double seconds) {
+    return receive_shown(ends_of(self), verb, most, seconds, isfinite(seconds));
+}
+
+PyObject *hot_ring_fail(PyObject *self, int64_t rc, const char *verb, uint64_t size) {
+    return fail(ends_of(self), rc, verb, size, ends_of(self)->max_message);
 }

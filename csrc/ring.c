@@ -45,8 +45,12 @@ enum waiting { SLEEPS = 1, LISTENS = 2 };
 enum kind { WHOLE = 1, GAP, FIRST, MORE, LAST };
 enum { RECORD = 8, LENGTH_BITS = 40, KIND_BITS = 8 };
 
-/* The state of a long message, below its id of 16 bits. */
-enum stream { IDLE = 0, SENDING = 1, REWIND = 2, STATE_BITS = 2 };
+/* The state of a long message, below its id of 16 bits. The sender goes from IDLE to SENDING, and
+ * back when all of it is in the ring, and not a byte of it received. A receiver that must make room
+ * for the rest, and so can't leave it to the next one any more, says TAKEN: then the sender stays,
+ * to send it again if that receiver asks so (REWIND) or dies. FINISHED: it has everything, and the
+ * sender can't give up any more; the index behind the last piece is the commit. */
+enum stream { IDLE = 0, SENDING, TAKEN, FINISHED, REWIND, STATE_BITS = 3 };
 
 static uint64_t record_size(uint64_t len) {
     return RECORD + ((len + 7) & ~(uint64_t)7);
@@ -164,6 +168,7 @@ static void ring_bell(int bell) {
 static void wake(ik_ring *ring, int side, int sleepers) {
     line *other = &ring->shared->lines[!side];
     uint32_t waiting = __atomic_exchange_n(&other->waiting, 0, __ATOMIC_RELAXED);
+    IK_KILLPOINT("ring.waking");
     if (waiting & SLEEPS)
         ik_wake_word(word_of(other), sleepers);
     if (waiting & LISTENS)
@@ -315,12 +320,39 @@ static void end_turn(ik_ring_end *end) {
         ik_wake_word(&end->busy, 1);
 }
 
-/* A long message whose sender is gone: who receives it must know. */
+/* --- the state of a long message ------------------------------------------------------------- */
+
+static uint32_t *stream_of(const ik_ring *ring) {
+    return &ring->shared->lines[IK_RING_SEND].stream;
+}
+
+/* Acquire: what was committed before the state was set is seen. */
+static uint32_t load_stream(const ik_ring *ring) {
+    return __atomic_load_n(stream_of(ring), __ATOMIC_ACQUIRE);
+}
+
+static enum stream state_of(uint32_t stream) {
+    return stream & ((1 << STATE_BITS) - 1);
+}
+
+/* Release: who sees the state sees what was committed before. */
+static bool change_stream(ik_ring *ring, uint32_t id, enum stream from, enum stream to) {
+    uint32_t expected = id << STATE_BITS | from;
+    return __atomic_compare_exchange_n(stream_of(ring), &expected, id << STATE_BITS | to, false,
+                                       __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+/* The sender is gone: who receives the rest must know. */
 static void drop_stream(ik_ring *ring) {
-    line *tail = &ring->shared->lines[IK_RING_SEND];
-    uint32_t stream = __atomic_load_n(&tail->stream, __ATOMIC_RELAXED);
-    if (stream & (SENDING | REWIND))
-        __atomic_store_n(&tail->stream, stream & ~(uint32_t)(SENDING | REWIND), __ATOMIC_RELEASE);
+    uint32_t stream = load_stream(ring);
+    if (state_of(stream) != IDLE)
+        __atomic_store_n(stream_of(ring), stream >> STATE_BITS << STATE_BITS, __ATOMIC_RELEASE);
+}
+
+/* Part of it was received by who won't finish: ask the sender for all of it again, if it still is
+ * in there. What nobody has TAKEN is all there, and a second time would be once too often. */
+static bool rewind_stream(ik_ring *ring, uint32_t id) {
+    return change_stream(ring, id, TAKEN, REWIND) || change_stream(ring, id, FINISHED, REWIND);
 }
 
 /* Nothing is half done: the index is the truth. The dead may have owed somebody the waking. */
@@ -366,8 +398,7 @@ void ik_ring_leave(ik_ring *ring, int side) {
 
 /* Then the one to be woken is who sleeps inside the other end, and not just any sleeper. */
 static bool is_streaming(const ik_ring *ring) {
-    const line *tail = &ring->shared->lines[IK_RING_SEND];
-    return __atomic_load_n(&tail->stream, __ATOMIC_RELAXED) & (SENDING | REWIND);
+    return state_of(load_stream(ring)) != IDLE;
 }
 
 void ik_ring_commit(ik_ring *ring, int side) {
@@ -422,9 +453,8 @@ static int find_room(ik_ring *ring, uint64_t need) {
 void *ik_ring_reserve(ik_ring *ring, uint64_t len, int *ret_error) {
     ik_ring_end *end = &ring->ends[IK_RING_SEND];
     uint64_t offset = end->at & (ring->capacity - 1), to_the_end = ring->capacity - offset;
-    int rc = len > ring->largest                                              ? -EMSGSIZE
-             : is_closed(ring, IK_RING_RECV) || is_closed(ring, IK_RING_SEND) ? -EPIPE
-                                                                              : 0;
+    bool closed = is_closed(ring, IK_RING_RECV) || is_closed(ring, IK_RING_SEND);
+    int rc = len > ring->largest ? -EMSGSIZE : closed ? -EPIPE : 0;
     if (rc == 0) {
         end->gap = record_size(len) > to_the_end ? to_the_end : 0;
         rc = find_room(ring, end->gap + record_size(len));
@@ -446,6 +476,7 @@ static void stage(ik_ring *ring, uint64_t header, uint64_t len) {
         end->gap = 0;
     }
     memcpy(ring->data + (end->at & mask), &header, RECORD);
+    IK_KILLPOINT("ring.staged");
     end->at += record_size(len);
 }
 
@@ -473,15 +504,12 @@ int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns) {
 /* --- sending a long message: pieces that fit, with an id; the first says how long it is --------
  */
 
-static uint32_t *stream_of(ik_ring *ring) {
-    return &ring->shared->lines[IK_RING_SEND].stream;
-}
-
 static void begin_stream(ik_ring *ring, ik_ring_progress *progress) {
-    uint32_t id = ((__atomic_load_n(stream_of(ring), __ATOMIC_RELAXED) >> STATE_BITS) + 1) & 0xffff;
-    *progress = (ik_ring_progress){.stream = id, .inside = 1};
+    uint32_t id = ((load_stream(ring) >> STATE_BITS) + 1) & 0xffff;
+    *progress = (ik_ring_progress){.stream = id, .inside = SENDING};
     /* Seen before the first piece, which the release of the index sees to. */
     __atomic_store_n(stream_of(ring), id << STATE_BITS | SENDING, __ATOMIC_RELAXED);
+    IK_KILLPOINT("ring.stream");
 }
 
 /* After a piece that did not wait: with a busy peer they might go on for long, with a hostile one
@@ -512,22 +540,13 @@ static int send_piece(ik_ring *ring, ik_ring_progress *progress, const void *dat
     stage(ring, header_of(kind, progress->stream, extra + piece), extra + piece);
     ring->ends[IK_RING_SEND].staged = kind == LAST;
     ik_ring_commit(ring, IK_RING_SEND);
+    IK_KILLPOINT("ring.piece");
     progress->done += piece;
     return 0;
 }
 
-/* Everything is in the ring. True, unless a receiver wants it again: then that begins. */
-static bool finish_stream(ik_ring *ring, ik_ring_progress *progress) {
-    uint32_t expected = progress->stream << STATE_BITS | SENDING;
-    if (__atomic_compare_exchange_n(stream_of(ring), &expected, progress->stream << STATE_BITS,
-                                    false, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
-        return true;
-    begin_stream(ring, progress);
-    return false;
-}
-
 static void begin_again_if_asked(ik_ring *ring, ik_ring_progress *progress) {
-    if (__atomic_load_n(stream_of(ring), __ATOMIC_RELAXED) & REWIND)
+    if (state_of(load_stream(ring)) == REWIND)
         begin_stream(ring, progress);
 }
 
@@ -538,33 +557,109 @@ static int64_t piece_deadline(const ik_ring_progress *progress, int64_t deadline
     return at_once ? ik_wait_now() + IK_RING_MOMENT : deadline_ns;
 }
 
+/* If whoever was inside the end died, the kernel gives us its lock. */
+static void look_after(ik_ring *ring, int side) {
+    if (is_locked(ring, side) && ik_ring_enter(ring, side, IK_NOW) == 0)
+        ik_ring_leave(ring, side);
+}
+
+/* The receivers are behind the last piece. */
+static bool is_received(ik_ring *ring, uint64_t *ret_head) {
+    /* Acquire: as find_room(). */
+    *ret_head = __atomic_load_n(&ring->shared->lines[IK_RING_RECV].index, __ATOMIC_ACQUIRE);
+    return *ret_head == ring->ends[IK_RING_SEND].at;
+}
+
+/* Everything is in the ring, and may be received at any moment. 0: it is sent; 1: a receiver wants
+ * it again; -EAGAIN: one is in the middle of it; -EBADMSG. */
+static int try_finish(ik_ring *ring, const ik_ring_progress *progress, uint64_t *ret_head) {
+    IK_KILLPOINT("ring.finish");
+    if (change_stream(ring, progress->stream, SENDING, IDLE))
+        return 0;
+    /* Before the index, which is set before the state. After REWIND it says nothing: the pieces are
+     * skipped then. */
+    enum stream state = state_of(load_stream(ring));
+    if (is_received(ring, ret_head) && state != REWIND)
+        return 0;
+    return state == REWIND ? 1 : state == TAKEN || state == FINISHED ? -EAGAIN : -EBADMSG;
+}
+
+/* Out of time, or of patience. True if the message is not received, nor will be. What a receiver
+ * has FINISHED is committed in a moment, unless it dies. */
+static bool take_back(ik_ring *ring, const ik_ring_progress *progress) {
+    uint64_t head;
+    for (int tries = 0; tries < 10; tries++) {
+        if (change_stream(ring, progress->stream, TAKEN, IDLE))
+            return true;
+        int rc = try_finish(ring, progress, &head);
+        if (rc != -EAGAIN)
+            return rc != 0;
+        look_after(ring, IK_RING_RECV);
+        ik_wait_word(word_of(&ring->shared->lines[IK_RING_RECV]), (uint32_t)head,
+                     ik_wait_now() + IK_SLICE / 10);
+    }
+    return true; /* stopped just there, or hostile */
+}
+
+/* 0: it is sent; 1: all of it again; or as ik_ring_send(). */
+static int finish_stream(ik_ring *ring, ik_ring_progress *progress, int64_t deadline_ns) {
+    uint64_t head;
+    int rc;
+    progress->inside = FINISHED;
+    while ((rc = try_finish(ring, progress, &head)) == -EAGAIN) {
+        if (is_closed(ring, IK_RING_RECV))
+            return -EPIPE;
+        rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)head,
+                            piece_deadline(progress, deadline_ns));
+        IK_KILLPOINT("ring.awaiting");
+        if (rc == -EINTR)
+            look_after(ring, IK_RING_RECV);
+        if (rc < 0)
+            return rc;
+    }
+    return rc;
+}
+
+/* Until everything is in the ring. */
+static int send_pieces(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
+                       uint32_t *pieces, int64_t deadline_ns) {
+    while (progress->done < len) {
+        begin_again_if_asked(ring, progress);
+        int rc = send_piece(ring, progress, data, len);
+        if (rc == -EAGAIN)
+            rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)ring->ends[IK_RING_SEND].seen,
+                                piece_deadline(progress, deadline_ns));
+        else if (rc == 0 && progress->done < len)
+            rc = after_piece(++*pieces, deadline_ns);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
 static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                        int64_t deadline_ns) {
+    int rc;
     if (!progress->inside) {
-        int rc = ik_ring_enter(ring, IK_RING_SEND, deadline_ns);
+        rc = ik_ring_enter(ring, IK_RING_SEND, deadline_ns);
         if (rc < 0)
             return rc;
         begin_stream(ring, progress);
     }
     uint32_t pieces = 0;
     do {
-        while (progress->done < len) {
-            begin_again_if_asked(ring, progress);
-            int rc = send_piece(ring, progress, data, len);
-            if (rc == -EAGAIN)
-                rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)ring->ends[IK_RING_SEND].seen,
-                                    piece_deadline(progress, deadline_ns));
-            else if (rc == 0 && progress->done < len)
-                rc = after_piece(++pieces, deadline_ns);
-            if (rc == -EINTR)
-                return rc;
-            if (rc < 0) {
-                ik_ring_give_up(ring, IK_RING_SEND, progress);
-                return rc;
-            }
-        }
-    } while (!finish_stream(ring, progress));
+        rc = send_pieces(ring, progress, data, len, &pieces, deadline_ns);
+        if (rc == 0)
+            rc = finish_stream(ring, progress, deadline_ns);
+        if (rc == 1)
+            begin_stream(ring, progress);
+    } while (rc == 1);
+    if (rc == -EINTR)
+        return rc;
+    if (rc < 0)
+        return ik_ring_give_up(ring, IK_RING_SEND, progress) ? 0 : rc;
     progress->inside = 0;
+    drop_stream(ring);
     ik_ring_leave(ring, IK_RING_SEND);
     return 0;
 }
@@ -637,17 +732,11 @@ static void skip(ik_ring *ring, uint64_t len) {
     ring->ends[IK_RING_RECV].at += record_size(len);
 }
 
-/* Ask the sender of a long message for all of it again, if it still is in there. */
-static bool rewind_stream(ik_ring *ring, uint32_t id) {
-    uint32_t expected = id << STATE_BITS | SENDING;
-    return __atomic_compare_exchange_n(stream_of(ring), &expected, id << STATE_BITS | REWIND, false,
-                                       __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-}
-
 /* A piece whose beginning went with a receiver that died or gave up. */
 static void skip_orphan(ik_ring *ring, int kind, uint64_t len, uint32_t id) {
     bool alone = ring->ends[IK_RING_RECV].staged == 0;
     rewind_stream(ring, id);
+    IK_KILLPOINT("ring.rewound");
     skip(ring, len);
     ring->ends[IK_RING_RECV].staged += kind == LAST;
     if (alone) /* else the caller has not yet said that what it staged is done */
@@ -674,6 +763,8 @@ int ik_ring_look(ik_ring *ring, const void **ret_data, uint64_t *ret_len) {
         } else if (kind == FIRST) {
             if (len <= sizeof *ret_len)
                 return -EBADMSG;
+            /* Who took it has died before it made room. */
+            change_stream(ring, id, TAKEN, SENDING);
             *ret_len = load((const uint64_t *)payload(ring));
             return *ret_len > ring->largest ? 0 : -EBADMSG;
         } else {
@@ -709,6 +800,42 @@ int ik_ring_wait_message(ik_ring *ring, int64_t deadline_ns) {
 
 /* --- receiving a long message ---------------------------------------------------------------- */
 
+/* To make room for the rest of it: from now on it is this receiver's or, if that fails, sent again.
+ * 0, or -EAGAIN: its sender is not in there any more. */
+static int take_stream(ik_ring *ring, ik_ring_progress *progress) {
+    if (progress->inside == TAKEN)
+        return 0;
+    if (!change_stream(ring, progress->stream, SENDING, TAKEN))
+        return -EAGAIN;
+    IK_KILLPOINT("ring.taking");
+    progress->inside = TAKEN;
+    ik_ring_commit(ring, IK_RING_RECV);
+    IK_KILLPOINT("ring.taken");
+    return 0;
+}
+
+/* The last piece was copied. 0, or -ECONNABORTED: the sender has given up before. */
+static int receive_last(ik_ring *ring, ik_ring_progress *progress) {
+    bool taken = progress->inside == TAKEN;
+    ring->ends[IK_RING_RECV].staged++;
+    if (taken && !change_stream(ring, progress->stream, TAKEN, FINISHED))
+        return -ECONNABORTED;
+    IK_KILLPOINT("ring.took");
+    ik_ring_commit(ring, IK_RING_RECV);
+    if (taken)
+        change_stream(ring, progress->stream, FINISHED, IDLE);
+    return 1;
+}
+
+/* A piece was copied. Its room is needed now only if the message is larger than the ring. */
+static int receive_more(ik_ring *ring, ik_ring_progress *progress, uint64_t len) {
+    if (progress->inside == TAKEN)
+        ik_ring_commit(ring, IK_RING_RECV);
+    else if (len >= ring->capacity)
+        take_stream(ring, progress);
+    return 0;
+}
+
 /* 1: that was the last; 0: there are more; -EAGAIN; -ECONNABORTED; -EBADMSG. */
 static int recv_piece(ik_ring *ring, ik_ring_progress *progress, void *buffer, uint64_t len) {
     uint64_t size, total = len;
@@ -723,42 +850,33 @@ static int recv_piece(ik_ring *ring, ik_ring_progress *progress, void *buffer, u
         return kind == -ENODATA ? -ECONNABORTED : kind;
     uint64_t extra = progress->inside ? 0 : sizeof total, left = len - progress->done;
     uint64_t most = piece_limit(ring) - extra, piece = left < most ? left : most;
-    if (kind != (progress->inside ? kind : FIRST) || size < extra)
-        return -EBADMSG;
     if (progress->inside && ((kind != MORE && kind != LAST) || id != progress->stream))
         return -ECONNABORTED; /* something else came: its sender gave up */
+    if ((!progress->inside && kind != FIRST) || size < extra)
+        return -EBADMSG;
     memcpy(&total, payload(ring), extra);
     if (total != len || size - extra != piece || (kind == LAST) != (piece == left))
         return -EBADMSG; /* also smaller pieces, of which there could be any number */
     memcpy((char *)buffer + progress->done, payload(ring) + extra, piece);
-    *progress = (ik_ring_progress){progress->done + piece, id, 1};
+    int inside = progress->inside == TAKEN ? TAKEN : SENDING;
+    *progress = (ik_ring_progress){progress->done + piece, id, inside};
     skip(ring, size);
-    ring->ends[IK_RING_RECV].staged += kind == LAST;
-    ik_ring_commit(ring, IK_RING_RECV);
-    return kind == LAST;
-}
-
-/* If the sender died, the kernel gives us its lock. */
-static void look_after_sender(ik_ring *ring) {
-    if (is_locked(ring, IK_RING_SEND) && ik_ring_enter(ring, IK_RING_SEND, IK_NOW) == 0)
-        ik_ring_leave(ring, IK_RING_SEND);
+    return kind == LAST ? receive_last(ring, progress) : receive_more(ring, progress, len);
 }
 
 static bool is_being_sent(ik_ring *ring, const ik_ring_progress *progress) {
-    /* Acquire: the last piece was committed before its sender said that it is done. */
-    uint32_t stream = __atomic_load_n(stream_of(ring), __ATOMIC_ACQUIRE);
-    return stream == (progress->stream << STATE_BITS | SENDING);
+    return load_stream(ring) == (progress->stream << STATE_BITS | TAKEN);
 }
 
 /* For the next piece. 0: look again; -EINTR, -ETIMEDOUT, -ECONNRESET, -ECONNABORTED. */
 static int wait_for_piece(ik_ring *ring, ik_ring_progress *progress, int64_t deadline_ns) {
     ik_ring_end *end = &ring->ends[IK_RING_RECV];
-    if (!is_being_sent(ring, progress))
+    if (take_stream(ring, progress) < 0 || !is_being_sent(ring, progress))
         return load(&ring->shared->lines[IK_RING_SEND].index) == end->seen ? -ECONNABORTED : 0;
     int rc = wait_for_other(ring, IK_RING_RECV, (uint32_t)end->seen,
                             piece_deadline(progress, deadline_ns));
     if (rc == -EINTR)
-        look_after_sender(ring);
+        look_after(ring, IK_RING_SEND);
     if (rc < 0 && !is_being_sent(ring, progress))
         return 0; /* it is all there, or there will be no more */
     return rc;
@@ -770,31 +888,36 @@ int ik_ring_recv_stream(ik_ring *ring, ik_ring_progress *progress, void *buffer,
         int rc = recv_piece(ring, progress, buffer, len);
         if (rc == -EAGAIN)
             rc = wait_for_piece(ring, progress, deadline_ns);
-        else if (rc == 0)
+        else if (rc == 0 && progress->inside == TAKEN)
             rc = after_piece(pieces, deadline_ns);
-        if (rc == -ETIMEDOUT && progress->inside && !rewind_stream(ring, progress->stream))
+        if (rc == -ETIMEDOUT && progress->inside == TAKEN && !rewind_stream(ring, progress->stream))
             rc = 0;
         if (rc == -EINTR)
             return rc;
         if (rc != 0) {
             progress->inside = 0;
+            if (rc == -ECONNABORTED) /* its pieces are nobody's */
+                ik_ring_commit(ring, IK_RING_RECV);
             ik_ring_leave(ring, IK_RING_RECV);
             return rc < 0 ? rc : 0;
         }
     }
 }
 
-void ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress) {
+int ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress) {
+    int done = 0;
     if (!progress->inside)
-        return;
-    progress->inside = 0;
+        return 0;
     if (side == IK_RING_SEND) {
+        done = progress->inside == FINISHED && !take_back(ring, progress);
         drop_stream(ring);
         ik_ring_wake(ring, IK_RING_RECV);
-    } else {
+    } else if (progress->inside == TAKEN) {
         rewind_stream(ring, progress->stream);
     }
+    progress->inside = 0;
     ik_ring_leave(ring, side);
+    return done;
 }
 
 /* Entered, and something is there: take it into the buffer, and leave. */
@@ -861,6 +984,11 @@ int ik_ring_is_deserted(const ik_ring *ring, int side) {
 
 void ik_ring_reopen(ik_ring *ring, int side) {
     __atomic_store_n(&ring->shared->closed[side], 0, __ATOMIC_RELEASE);
+}
+
+int ik_ring_glance(ik_ring *ring, int side) {
+    const ik_ring_end *end = &ring->ends[side];
+    return ik_wait_glance(word_of(&ring->shared->lines[!side]), (uint32_t)end->seen, &end->other);
 }
 
 int ik_ring_listen(ik_ring *ring, int side) {

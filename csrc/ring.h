@@ -59,7 +59,7 @@ typedef struct ik_ring {
 typedef struct ik_ring_progress {
     uint64_t done;
     uint32_t stream;
-    int inside;
+    int inside; /* the end: the state of the message, as this side knows it */
 } ik_ring_progress;
 
 /* Numbers for people; each was true at some moment. */
@@ -88,7 +88,7 @@ int ik_ring_attach(ik_ring *ring, void *memory, uint64_t size);
 /* --- whole operations: what waits, until the deadline --------------------------------------- */
 
 /* Send one message. 0, or -ETIMEDOUT; -EINTR: call again with the same progress, or give up;
- * -EPIPE: one of the ends is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
+ * -EPIPE: an end is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
  * reserved; -ECONNRESET: the peer is gone; -ENOTRECOVERABLE. */
 int ik_ring_send(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                  int64_t deadline_ns);
@@ -107,8 +107,9 @@ int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns);
 int ik_ring_recv_stream(ik_ring *ring, ik_ring_progress *progress, void *buffer, uint64_t len,
                         int64_t deadline_ns);
 
-/* After -EINTR, end an operation of that side for good: it did nothing. */
-void ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress);
+/* After -EINTR, end an operation of that side for good. 0: it did nothing; 1: of a sender, while
+ * somebody receives the long message: that was quicker, the message is sent. */
+int ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress);
 
 /* Receive one message of at most size bytes. Its length, or as above; -EMSGSIZE: it is larger, and
  * stays. For callers that need no look around: -EINTR is dealt with here. */
@@ -155,6 +156,10 @@ int ik_ring_is_deserted(const ik_ring *ring, int side);
 
 /* Take that back. */
 void ik_ring_reopen(ik_ring *ring, int side);
+
+/* 1 if something came for the side (messages, room) within the microsecond that it is worth looking
+ * without letting others work; called right after -EAGAIN or -ETIMEDOUT. */
+int ik_ring_glance(ik_ring *ring, int side);
 
 /* Silence the bell of the side, and have it rung at the next commit of the other. 1, and it rings
  * now, if a receive would not block, or a send of any record. A sender tries again after this call

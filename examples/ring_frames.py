@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Frames from one process to another through shared memory, written and read in place; then the writer is killed."""
+"""Frames through shared memory, written and read in place; then the writer is killed."""
 
 import os
 import signal

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What this machine holds that has a name in the kernel, who uses it, and what nobody will miss.
 
-System V queues, segments and semaphores, POSIX queues, segments and semaphores, and the named memory
-of ipckit: each with a verdict.
+System V queues, segments and semaphores, POSIX queues, segments and semaphores, and the named memory and
+queues of ipckit: each with a verdict.
 
 =========== ==========================================================================================
 verdict     means
@@ -44,6 +44,7 @@ _REMOVED_BY = {
     "sysv-memory": lib.ik_sysv_memory_remove,
     "sysv-semaphore": lib.ik_sysv_semaphore_remove,
 }
+_OWN = ("memory", "queue")  # files of ipckit itself, in the folder of the registry
 _SHM_DEST = 0o1000
 _LEFT = "left by its maker, who closed it"
 _UNRECORDED = "left by its maker, who was killed before it was recorded"
@@ -79,14 +80,14 @@ class Object:
     """For people."""
     left: bool
     """Its maker closed it in good order and ended, like every other user: ``collect(dead=True)``. Or it
-    is named memory, so made by ipckit, whose maker was killed before it was recorded."""
+    is named memory or a queue, so made by ipckit, whose maker was killed before it was recorded."""
     birth: str = field(repr=False)
     """What tells it from a later one with the same id or name."""
 
     @property
     def id(self) -> str:
         """As ``ipckit ls`` prints it and ``ipckit rm`` takes it: ``sysv-queue:5``, ``posix-queue:/jobs``."""
-        whose = f"{self.uid}/" if self.kind == "memory" and self.uid != os.geteuid() else ""
+        whose = f"{self.uid}/" if self.kind in _OWN and self.uid != os.geteuid() else ""
         return f"{self.kind}:{whose}{self.ident}"
 
 
@@ -258,8 +259,9 @@ def _shared_files() -> Iterator[_Found]:
 def _own_files() -> Iterator[_Found]:
     for path, uid in registry.folders():
         for name, status in _files(path):
-            if name.startswith("memory.") and status.st_uid == uid:
-                yield _file("memory", name.removeprefix("memory."), status)
+            kind, _, ident = name.partition(".")
+            if kind in _OWN and status.st_uid == uid:
+                yield _file(kind, ident, status)
 
 
 # --- who has them open ----------------------------------------------------------------------------
@@ -324,7 +326,7 @@ class _Use(NamedTuple):
 
 def _key(kind: str, ident: str, uid: int) -> _Key:
     """What a record and its object have in common; each user has memory names of his own."""
-    return kind, ident, uid if kind == "memory" else -1
+    return kind, ident, uid if kind in _OWN else -1
 
 
 def _uses() -> dict[_Key, list[_Use]]:
@@ -370,7 +372,7 @@ def _judge_unused(found: _Found, uses: list[_Use]) -> tuple[Verdict, str]:
     own = [use for use in uses if use.record.uid == found.uid]
     makers = [use for use in own if use.record.role == "creator"]
     maker = next((use for use in makers if use.record.birth == found.birth), None)
-    if not makers and found.kind == "memory":  # in our own folder, so ours all the same
+    if not makers and found.kind in _OWN:  # in our own folder, so ours all the same
         return "unknown", _UNRECORDED
     if maker is None:
         return "unknown", "successor of one that ipckit made" if makers else "not made by ipckit"
@@ -454,8 +456,8 @@ def _lock_holders() -> str:
 
 
 def _path(obj: Object) -> str:
-    if obj.kind == "memory":
-        return f"{_MEMORY}/ipckit-{obj.uid}/memory.{obj.ident}"
+    if obj.kind in _OWN:
+        return f"{_MEMORY}/ipckit-{obj.uid}/{obj.kind}.{obj.ident}"
     return f"{_MEMORY}/{'sem.' if obj.kind == 'posix-semaphore' else ''}{obj.ident[1:]}"
 
 
@@ -483,8 +485,19 @@ def _remove(obj: Object, uses: dict[_Key, list[_Use]]) -> None:
         check(lib.ik_inventory_queue_unlink(os.fsencode(obj.ident)), obj.id)
     else:
         os.unlink(_path(obj))
+        _remove_bells(obj.uid)
     for use in _uses_of(obj, uses):
         _drop(use.record)
+
+
+def _remove_bells(uid: int) -> None:
+    """Those of queues that are gone, or were never made: see queues.py."""
+    folder = f"{_MEMORY}/ipckit-{uid}"
+    names = os.listdir(folder)
+    queues = {os.lstat(f"{folder}/{name}").st_ino for name in names if name.startswith("queue.")}
+    for name in names:
+        if name.startswith("bell.") and int(name.split(".")[1]) not in queues:
+            os.unlink(f"{folder}/{name}")
 
 
 def _drop(record: Record) -> None:
@@ -562,5 +575,6 @@ def collect(*, dead: bool = False, dry_run: bool = False, timeout: float | None 
         if dry_run:
             return doomed
         doomed = [obj for obj in doomed if _removed(obj, uses)]
+        _remove_bells(os.geteuid())
         _forget_gone(found, uses)
         return doomed

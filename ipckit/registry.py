@@ -57,6 +57,7 @@ KINDS = (
     "posix-memory",
     "posix-semaphore",
     "memory",
+    "queue",
 )
 
 _T = TypeVar("_T")

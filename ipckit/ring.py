@@ -29,7 +29,7 @@ from ipckit import wait
 from ipckit._hot import Ends as _Ends
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
-from ipckit.memory import SharedMemory
+from ipckit.memory import Mapping, SharedMemory
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -94,7 +94,7 @@ class Ends(_Ends):
     """What sends into one ring and receives from one: base of Ring, of the channel's ends and of Queue."""
 
     _what: str
-    _memory: SharedMemory | None = None
+    _memory: Mapping | None = None
 
     def _fail(self, rc: int, verb: str, size: int, limit: int) -> NoReturn:
         what = f"{verb} on {self._what}"

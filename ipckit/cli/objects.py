@@ -162,14 +162,15 @@ def _show_objects(found: Iterable[Object]) -> None:
     "kinds",
     type=click.Choice(registry.KINDS),
     multiple=True,
-    help="Only of this kind; may be repeated.",
+    metavar="KIND",
+    help=f"Only of this kind: {', '.join(registry.KINDS)}; may be repeated.",
 )
 @click.option("--mine", is_flag=True, help="Only what belongs to this user.")
 @_json
 def ls(kinds: tuple[str, ...], mine: bool, as_json: bool) -> None:
     """List named objects, who uses them, and which are orphans.
 
-    System V queues, segments and semaphores, POSIX ones, and ipckit's named memory.
+    System V queues, segments and semaphores, POSIX ones, and ipckit's named memory and queues.
 
     \b
     verdict   means
