@@ -150,6 +150,7 @@ class Channel(ring.Ends):
     _alone = True  # no other process can have this end
     _joined = False  # this process has used it
     _died = False
+    _closing = False
     _life = -1
     _limit: int
     _max_inbox: int
@@ -217,6 +218,7 @@ class Channel(ring.Ends):
         self._close(True)
 
     def _close(self, for_good: bool) -> None:
+        self._closing = True
         if not self.closed and (self._joined or (self._alone and for_good)):
             self._join()
             for side in (RECV, SEND):
@@ -241,7 +243,9 @@ class Channel(ring.Ends):
 
     def _fail(self, rc: int, verb: str, size: int, limit: int) -> NoReturn:
         side = SEND if verb in _SENDING else RECV
-        if rc == -errno.ETIMEDOUT and lib.ik_ring_is_deserted(self._ring(side), side):
+        if self._closing:  # by another thread, at this moment
+            rc = -errno.EBADF
+        elif rc == -errno.ETIMEDOUT and lib.ik_ring_is_deserted(self._ring(side), side):
             rc = -errno.ECONNRESET
         if rc == -errno.ECONNRESET and not self._died:
             self._died = True

@@ -927,3 +927,9 @@ def test_many_channels_leave_nothing(path):
 def test_elsewhere_it_cant_be_pickled(ends):
     with pytest.raises(TypeError, match="channel of 8192 bytes can be pickled only for a process"):
         pickle.dumps(ends[0])
+
+
+def test_the_example_runs():
+    example = Path(__file__).parent.parent / "examples" / "channel_worker.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    assert done.stdout.endswith("the first worker did [0, 1, 4], the second [9, 16, 25]\n"), done.stderr

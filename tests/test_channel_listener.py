@@ -804,6 +804,7 @@ TAIL, STREAM, HEAD = 128, 152, 256  # where they are in a ring
 DATA = 512
 RING = SIZE // 2
 MORE = 4
+REWIND = 4
 
 
 def write_noise(buf, seed):
@@ -844,7 +845,7 @@ def ask_again(buf, out, into):
         (tail,) = struct.unpack_from("=Q", buf, into + TAIL)
         struct.pack_into("=Q", buf, into + HEAD, tail)
         (stream,) = struct.unpack_from("=I", buf, into + STREAM)
-        struct.pack_into("=I", buf, into + STREAM, stream | 2)
+        struct.pack_into("=I", buf, into + STREAM, stream & ~7 | REWIND)
 
 
 def begin_again(buf, out, into):
