@@ -649,7 +649,6 @@ static PyObject *lend(ends_object *ends, int side, const void *data, uint64_t le
     Py_XSETREF(ends->loans[side], Py_NewRef(part));
     ends->loaned[side] = len;
     ends->lender[side] = ik_wait_thread();
-    show(ends, side);
     return part;
 }
 
@@ -697,6 +696,7 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
     if ((uint64_t)len > ring->largest || (uint64_t)len > ends->max_message)
         return fail(ends, -EMSGSIZE, "reserve", (uint64_t)len,
                     ring->largest < ends->max_message ? ring->largest : ends->max_message);
+    show(ends, SEND); /* until commit() or cancel() */
     int rc = ik_ring_wait_room(ring, (uint64_t)len, IK_NOW);
     int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
     use_waiting(ends);
@@ -709,8 +709,10 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (rc == 0 && !(room = ik_ring_reserve(ring, (uint64_t)len, &rc)))
         ik_ring_leave(ring, SEND); /* closed in this moment */
     unuse_waiting(ends);
-    return room ? lend(ends, SEND, room, (uint64_t)len)
-                : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
+    PyObject *part = room ? lend(ends, SEND, room, (uint64_t)len) : NULL;
+    if (!part)
+        show_end(ends, SEND);
+    return room ? part : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
 }
 
 static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -754,6 +756,7 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
         return NULL;
     if (ends->kept)
         return lend_kept(ends);
+    show(ends, RECV); /* until release() or keep() */
     int rc = ik_ring_wait_message(ring, IK_NOW);
     int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
     use_waiting(ends);
@@ -771,6 +774,8 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
     }
     PyObject *part =
         rc == 1 ? lend(ends, RECV, data, len) : fail(ends, rc, "peek", len, ring->largest);
+    if (!part)
+        show_end(ends, RECV);
     unuse_waiting(ends);
     return part;
 }

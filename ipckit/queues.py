@@ -193,6 +193,7 @@ class Queue(QueueEnds, Ends):
             attached(self._attach(view, view, limit), self._what)
         except BaseException:
             _close(bells)
+            self._table = None
             memory.close(defer=True)
             raise
         self._set_bells(*bells, *bells, -1)
@@ -201,7 +202,10 @@ class Queue(QueueEnds, Ends):
         _queues.add(self)
 
     def _shared(self) -> Any:
-        return ffi.cast("ik_queue_table *", self._table)
+        table = self._table
+        if table is None:
+            raise Closed(f"{self._what} is closed")
+        return ffi.cast("ik_queue_table *", table)
 
     @property
     def maxsize(self) -> int:
@@ -439,6 +443,7 @@ class Queue(QueueEnds, Ends):
         if self.closed:
             return
         self._leave()
+        self._table = None  # it holds the memory
         super().close()
         if self._member is not None:
             self._member.leave()
@@ -478,6 +483,15 @@ class Queue(QueueEnds, Ends):
             raise Closed(f"{self._what} is closed")
         if self.name is not None:
             return _reopened, (type(self), self.name, self._birth, self._codec, self.max_message)
+        from multiprocessing import context
+
+        if (
+            context.get_spawning_popen() is None
+        ):  # else each descriptor would start a thread that hands it out
+            raise TypeError(
+                f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
+                "give it a name with Queue.open()"
+            )
         bells = tuple(sendable(self._bell(side)) for side in (RECV, SEND))
         return _inherited, (type(self), self._memory, self._codec, self.max_message, *bells)
 
