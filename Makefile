@@ -19,7 +19,7 @@ CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof asan tsan bench-server bench-streams bench-objects ctest csrc cbench cpeers lint format docs matrix clean
+.PHONY: demo test proof asan tsan bench-server bench-streams bench-objects bench-sync ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	$(BIN)/ipckit demo
@@ -77,9 +77,11 @@ asan:
 tsan:
 	$(MAKE) build/tsan/libipckit.a BUILD=build/tsan SANITIZE='-fsanitize=thread -Wno-tsan'
 	@mkdir -p build/tsan/tests
-	$(CC) $(CFLAGS_ALL) -UNDEBUG -fsanitize=thread -o build/tsan/tests/test_ring \
-	  tests/c/test_ring.c tests/proof/tsan_clocklock.c build/tsan/libipckit.a -pthread
-	TSAN_OPTIONS=halt_on_error=1 build/tsan/tests/test_ring threads
+	for room in ring sync; do \
+	  $(CC) $(CFLAGS_ALL) -UNDEBUG -fsanitize=thread -o build/tsan/tests/test_$$room \
+	    tests/c/test_$$room.c tests/proof/tsan_clocklock.c build/tsan/libipckit.a -pthread && \
+	  TSAN_OPTIONS=halt_on_error=1 build/tsan/tests/test_$$room threads || exit 1; \
+	done
 
 build/bench/%: bench/c/%.c
 	@mkdir -p $(@D)
@@ -108,7 +110,7 @@ format: $(VENV)/.dev
 proof: $(VENV)/.built-dev ctest cpeers
 	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s -m proof $(PYTEST)
 
-bench-server bench-streams bench-objects: bench-%: $(VENV)/.built-dev cbench
+bench-server bench-streams bench-objects bench-sync: bench-%: $(VENV)/.built-dev cbench
 	$(BIN)/python bench/bench_$*.py $(BENCH)
 
 matrix:

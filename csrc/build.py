@@ -16,7 +16,7 @@ if not sys.platform.startswith("linux"):
     sys.exit(f"ipckit builds on Linux so far, and this is {sys.platform}")
 
 HERE = Path("csrc")
-HEADERS = sorted(path for path in HERE.glob("*.h") if path.name != "hot.h" and not path.name.endswith("_impl.h"))
+HEADERS = sorted(set(HERE.glob("*.h")) - {HERE / "hot.h"} - set(HERE.glob("*_impl.h")))
 SOURCES = sorted(path for path in HERE.glob("*.c") if not path.name.startswith("hot"))
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("IPCKIT_WERROR") else [])
 

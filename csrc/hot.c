@@ -30,7 +30,7 @@ bool hot_add_class(PyObject *module, PyType_Spec *spec) {
 }
 
 static int fill(PyObject *module) {
-    return hot_add_kernel(module) && hot_add_ring(module) ? 0 : -1;
+    return hot_add_kernel(module) && hot_add_ring(module) && hot_add_sync(module) ? 0 : -1;
 }
 
 static PyModuleDef_Slot slots[] = {

@@ -19,6 +19,7 @@ bool hot_add_class(PyObject *module, PyType_Spec *spec);
 /* Each adds the classes of its room; false with an exception. */
 bool hot_add_kernel(PyObject *module);
 bool hot_add_ring(PyObject *module);
+bool hot_add_sync(PyObject *module);
 bool hot_add_queues(PyObject *module, PyObject *ends_class);
 
 /* --- of hot_ring.c, for the classes built on Ends ----------------------------------------------

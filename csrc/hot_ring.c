@@ -33,11 +33,16 @@ typedef struct {
     int lender[2];                  /* the thread that is inside for it, or 0 */
     ik_ring_progress progress[2]; /* of a long message by asyncio, which waits between the steps */
     PyObject *sending, *pending;  /* those */
-    PyObject *kept;   /* received whole by a call that raised: the next call returns it */
-    int bells[BELLS]; /* which are ours; -1: none */
+    PyObject *kept;  /* received whole by a call that raised, or by a send: the next to return */
+    PyObject *later; /* a deque of those after it; NULL: there is no inbox */
+    uint64_t kept_bytes; /* what both cost */
+    uint64_t max_inbox;  /* up to which a send that waits takes in what comes; 0: it doesn't */
+    int receivers;       /* threads that wait for a message: then it is theirs */
+    int bells[BELLS];    /* which are ours; -1: none */
     uint64_t max_message;
     int users;      /* calls that dropped the GIL: the memory stays until they are back */
     bool closed;    /* also before there is a ring */
+    bool unused;    /* the first verb in this process calls _join() */
     bool listening; /* somebody polls our bell */
     bool lulls;     /* there is a _lull() */
     hot_queue queue;
@@ -83,11 +88,18 @@ static bool read_timeout(const char *verb, PyObject *const *values, PyObject *na
     return true;
 }
 
+static bool begin_use(ends_object *ends) {
+    ends->unused = false;
+    PyObject *none = PyObject_CallMethod((PyObject *)ends, "_join", NULL);
+    Py_XDECREF(none);
+    return none;
+}
+
 /* False with an exception: closed, or there is no place in the queue's table. */
 static bool can_begin(ends_object *ends, int side, const char *verb) {
     PyObject *self = (PyObject *)ends, *none;
     if (!ends->closed && !(ends->queue.lacks & 1u << side))
-        return true;
+        return !ends->unused || begin_use(ends);
     none = ends->closed ? PyObject_CallMethod(self, "_fail", "isKK", -EBADF, verb, 0ull, 0ull)
                         : PyObject_CallMethod(self, "_take_part", "i", 1 << side);
     Py_XDECREF(none);
@@ -210,15 +222,76 @@ static void unuse_waiting(ends_object *ends) {
 
 /* --- sending --------------------------------------------------------------------------------- */
 
+static int take_in(ends_object *ends);
+static bool keep_listening(ends_object *ends);
+
+static bool is_past(int64_t deadline_ns) {
+    return deadline_ns != IK_FOREVER && ik_wait_now() >= deadline_ns;
+}
+
+/* Send, and take in what comes while there is no room, because the peer may be doing just the same.
+ * As ik_ring_send(). */
+static int send_and_take_in(ends_object *ends, ik_ring_progress *progress, const void *data,
+                            uint64_t len, int64_t deadline_ns) {
+    ik_ring *out = &ends->rings[SEND], *in = &ends->rings[RECV];
+    for (bool listens = false; !ends->closed;) {
+        int rc, took;
+        WITHOUT_GIL(ends, rc = ik_ring_send(out, progress, data, len, IK_RING_STEP));
+        if (rc != -EINTR || is_past(deadline_ns))
+            return rc == -EINTR ? -ETIMEDOUT : rc;
+        if ((took = take_in(ends)) > 0) {
+            listens = false;
+        } else if (listens) {
+            WITHOUT_GIL(ends, rc = ik_ring_sleep_both(out, took == 0 ? in : NULL, deadline_ns));
+            if (rc < 0)
+                return rc;
+            listens = false;
+        } else {
+            WITHOUT_GIL(ends, listens = !ik_ring_spin(out, SEND));
+            if (listens && !ends->closed)
+                ik_ring_listen(out, SEND);
+            if (listens && !ends->closed && took == 0)
+                ik_ring_listen(in, RECV);
+        }
+        if (PyErr_CheckSignals() < 0)
+            return -EINTR;
+    }
+    return -EBADF;
+}
+
+/* Another thread that is inside takes in for us. */
+static int wait_for_turn(ends_object *ends, int64_t deadline_ns) {
+    int rc = ik_ring_enter(&ends->rings[SEND], SEND, IK_NOW);
+    if (rc == -ETIMEDOUT)
+        WITHOUT_GIL(ends, rc = ik_ring_enter(&ends->rings[SEND], SEND, deadline_ns));
+    if (rc == 0)
+        ik_ring_leave(&ends->rings[SEND], SEND);
+    return rc;
+}
+
+static int send_both_ways(ends_object *ends, ik_ring_progress *progress, const void *data,
+                          uint64_t len, int64_t deadline_ns) {
+    int rc = progress->inside ? 0 : wait_for_turn(ends, deadline_ns);
+    if (rc == 0)
+        rc = send_and_take_in(ends, progress, data, len, deadline_ns);
+    if (!ends->closed)
+        keep_listening(ends); /* also to what is kept now */
+    return rc;
+}
+
 static int send_waiting(ends_object *ends, const void *data, uint64_t len, double seconds) {
     int64_t deadline_ns = deadline_after(seconds);
     ik_ring_progress progress = {0};
     int rc;
     use_waiting(ends);
     do {
-        WITHOUT_GIL(ends, rc = ik_ring_send(&ends->rings[SEND], &progress, data, len, deadline_ns));
-    } while (rc == -EINTR && look_around(ends, "send"));
-    if (rc == -EINTR)
+        if (ends->max_inbox)
+            rc = send_both_ways(ends, &progress, data, len, deadline_ns);
+        else
+            WITHOUT_GIL(ends,
+                        rc = ik_ring_send(&ends->rings[SEND], &progress, data, len, deadline_ns));
+    } while (rc == -EINTR && !PyErr_Occurred() && look_around(ends, "send"));
+    if (rc < 0)
         ik_ring_give_up(&ends->rings[SEND], SEND, &progress);
     unuse_waiting(ends);
     return rc;
@@ -392,6 +465,25 @@ static char *memory_for(target *into, uint64_t len) {
     return into->bytes ? PyBytes_AS_STRING(into->bytes) : NULL;
 }
 
+static void keep_message(ends_object *ends, PyObject *message) {
+    if (ends->kept) {
+        PyObject *none = PyObject_CallMethod(ends->later, "append", "O", message);
+        Py_XDECREF(none);
+    } else {
+        ends->kept = Py_NewRef(message);
+    }
+    ends->kept_bytes += (uint64_t)PyBytes_GET_SIZE(message) + 64; /* an empty one is not free */
+}
+
+/* The message that is kept first was taken. */
+static void drop_kept(ends_object *ends) {
+    ends->kept_bytes -= (uint64_t)PyBytes_GET_SIZE(ends->kept) + 64;
+    PyObject *next = NULL;
+    if (ends->later && PyObject_IsTrue(ends->later) == 1)
+        next = PyObject_CallMethod(ends->later, "popleft", NULL);
+    Py_XSETREF(ends->kept, next);
+}
+
 /* A handler raised amid a long message. If all of it is there, its sender thinks it received, so it
  * is kept; else it will be sent again. */
 static void give_up_receiving(ends_object *ends, char *memory, uint64_t len,
@@ -403,7 +495,10 @@ static void give_up_receiving(ends_object *ends, char *memory, uint64_t len,
         return;
     }
     PyErr_Fetch(&kind, &value, &trace);
-    ends->kept = PyBytes_FromStringAndSize(memory, (Py_ssize_t)len);
+    PyObject *message = PyBytes_FromStringAndSize(memory, (Py_ssize_t)len);
+    if (message)
+        keep_message(ends, message);
+    Py_XDECREF(message);
     PyErr_Restore(kind, value, trace);
 }
 
@@ -458,21 +553,6 @@ static int64_t take(ends_object *ends, target *into, int64_t deadline_ns) {
     return rc < 0 ? rc : memory ? (int64_t)len : -EINTR;
 }
 
-static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
-    int64_t rc, deadline_ns = deadline_after(seconds);
-    use_waiting(ends);
-    do {
-        WITHOUT_GIL(ends, rc = ik_ring_wait_message(&ends->rings[RECV], deadline_ns));
-        if (rc == 0)
-            rc = take(ends, into, deadline_ns);
-        if (rc == -EINTR &&
-            (PyErr_Occurred() || !look_around(ends, into->to_the_end ? "wait" : "recv")))
-            break;
-    } while (rc == -EINTR || rc == -EAGAIN || rc == -ECONNABORTED);
-    unuse_waiting(ends);
-    return rc;
-}
-
 static int64_t take_kept(ends_object *ends, target *into) {
     uint64_t len = (uint64_t)PyBytes_GET_SIZE(ends->kept);
     if (into->buffer && len > into->size) {
@@ -483,15 +563,94 @@ static int64_t take_kept(ends_object *ends, target *into) {
         memcpy(into->buffer, PyBytes_AS_STRING(ends->kept), len);
     else
         into->bytes = Py_NewRef(ends->kept);
-    Py_CLEAR(ends->kept);
+    drop_kept(ends);
+    return (int64_t)len;
+}
+
+/* Go on with the long message that is pending, as ik_ring_recv_stream(). While a thread does, it is
+ * pending no more, and the others wait for their turn. */
+static int go_on(ends_object *ends, int64_t deadline_ns, PyObject **ret_message) {
+    ik_ring *ring = &ends->rings[RECV];
+    ik_ring_progress *progress = &ends->progress[RECV];
+    PyObject *message = ends->pending;
+    char *memory = PyBytes_AS_STRING(message);
+    uint64_t len = (uint64_t)PyBytes_GET_SIZE(message);
+    int rc;
+    ends->pending = NULL;
+    if (ends->max_inbox)
+        ik_ring_resume(ring);
+    WITHOUT_GIL(ends, rc = ik_ring_recv_stream(ring, progress, memory, len, deadline_ns));
+    if (rc == -EINTR && ends->closed)
+        ik_ring_give_up(ring, RECV, progress);
+    if (rc == -EINTR && !ends->closed) {
+        if (ends->max_inbox)
+            ik_ring_park(ring);
+        ends->pending = message;
+        return rc;
+    }
+    *ret_message = rc == 0 ? message : NULL;
+    if (rc != 0)
+        Py_DECREF(message);
+    return rc;
+}
+
+static int64_t take_pending(ends_object *ends, target *into, int64_t deadline_ns) {
+    PyObject *message = NULL;
+    uint64_t len = (uint64_t)PyBytes_GET_SIZE(ends->pending);
+    if (into->buffer && len > into->size) {
+        into->size = len;
+        return -EMSGSIZE;
+    }
+    int rc = go_on(ends, deadline_ns == IK_NOW ? IK_RING_STEP : deadline_ns, &message);
+    if (rc < 0)
+        return rc == -EINTR && deadline_ns == IK_NOW ? -EAGAIN : rc;
+    if (into->buffer) {
+        memcpy(into->buffer, PyBytes_AS_STRING(message), len);
+        Py_DECREF(message);
+    } else {
+        into->bytes = message;
+    }
     return (int64_t)len;
 }
 
 static int64_t take_now(ends_object *ends, target *into) {
     if (ends->kept)
         return take_kept(ends, into);
+    if (ends->pending)
+        return take_pending(ends, into, IK_NOW);
     int64_t rc = ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW);
     return rc == 0 ? take(ends, into, IK_NOW) : rc;
+}
+
+static int64_t wait_and_take(ends_object *ends, target *into, int64_t deadline_ns) {
+    int64_t rc;
+    if (ends->kept)
+        return take_kept(ends, into);
+    if (ends->pending)
+        return take_pending(ends, into, deadline_ns);
+    WITHOUT_GIL(ends, rc = ik_ring_wait_message(&ends->rings[RECV], deadline_ns));
+    return rc == 0 ? take(ends, into, deadline_ns) : rc;
+}
+
+static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
+    int64_t rc, deadline_ns = deadline_after(seconds);
+    use_waiting(ends);
+    ends->receivers++;
+    for (;;) {
+        rc = wait_and_take(ends, into, deadline_ns);
+        if (rc != -EINTR && rc != -EAGAIN && rc != -ECONNABORTED)
+            break;
+        if (rc != -EINTR && is_past(deadline_ns))
+            rc = -ETIMEDOUT;
+        else if (PyErr_Occurred() || !look_around(ends, into->to_the_end ? "wait" : "recv"))
+            rc = -EINTR;
+        else
+            continue;
+        break;
+    }
+    ends->receivers--;
+    unuse_waiting(ends);
+    return rc;
 }
 
 /* For who polls: the bell is silent if, and only if, there is nothing. */
@@ -507,13 +666,17 @@ static bool is_not_yet(int64_t rc) {
 }
 
 static int64_t receive(ends_object *ends, target *into, double seconds) {
+    use(ends);
     show(ends, RECV);
     int64_t rc = take_now(ends, into);
+    if (is_not_yet(rc) && seconds > 0 && ik_ring_glance(&ends->rings[RECV], RECV))
+        rc = take_now(ends, into);
     if (is_not_yet(rc))
         rc = seconds > 0 ? take_waiting(ends, into, seconds) : -ETIMEDOUT;
     show_end(ends, RECV);
     if (!ends->closed)
         keep_listening(ends);
+    unuse(ends);
     return rc;
 }
 
@@ -571,11 +734,16 @@ static PyObject *take_row(ends_object *ends, PyObject *list, Py_ssize_t most) {
     return list;
 }
 
+/* Nothing is to be returned before what is in the ring. */
+static bool has_none(const ends_object *ends) {
+    return !ends->kept && !ends->pending;
+}
+
 /* At least one, or NULL with an exception. */
 static PyObject *receive_row(ends_object *ends, const char *verb, Py_ssize_t most, double seconds,
                              bool to_the_end) {
     PyObject *list = PyList_New(0);
-    if (list && !ends->kept && ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
+    if (list && has_none(ends) && ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
         list = take_row(ends, list, most);
     if (!list || PyList_GET_SIZE(list))
         return list;
@@ -588,7 +756,14 @@ static PyObject *receive_row(ends_object *ends, const char *verb, Py_ssize_t mos
     if (PyList_Append(list, into.bytes) < 0)
         Py_CLEAR(list);
     Py_DECREF(into.bytes);
-    if (list && most > 1 && !ends->closed && ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
+    while (list && ends->kept && PyList_GET_SIZE(list) < most) {
+        if (PyList_Append(list, ends->kept) < 0)
+            Py_CLEAR(list);
+        else
+            drop_kept(ends);
+    }
+    if (list && PyList_GET_SIZE(list) < most && has_none(ends) && !ends->closed &&
+        ik_ring_enter(&ends->rings[RECV], RECV, IK_NOW) == 0)
         list = take_row(ends, list, most);
     return list;
 }
@@ -649,6 +824,7 @@ static PyObject *lend(ends_object *ends, int side, const void *data, uint64_t le
     Py_XSETREF(ends->loans[side], Py_NewRef(part));
     ends->loaned[side] = len;
     ends->lender[side] = ik_wait_thread();
+    use(ends);
     return part;
 }
 
@@ -657,6 +833,7 @@ static PyObject *lend_kept(ends_object *ends) {
     if (part) {
         Py_XSETREF(ends->loans[RECV], Py_NewRef(part));
         ends->lender[RECV] = ik_wait_thread();
+        use(ends);
         show(ends, RECV);
     }
     return part;
@@ -680,6 +857,13 @@ static bool take_back(ends_object *ends, int side, const char *verb) {
     Py_XDECREF(none);
     Py_XDECREF(loan);
     return true;
+}
+
+/* A kept message is in no ring. */
+static void leave_loan(ends_object *ends, int side) {
+    if (side == SEND || !ends->kept)
+        ik_ring_leave(&ends->rings[side], side);
+    unuse(ends);
 }
 
 static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t count,
@@ -733,7 +917,7 @@ static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t c
         return NULL;
     ik_ring_stage(ring, (uint64_t)len);
     ik_ring_commit(ring, SEND);
-    ik_ring_leave(ring, SEND);
+    leave_loan(ends, SEND);
     Py_RETURN_NONE;
 }
 
@@ -741,7 +925,7 @@ static PyObject *ends_cancel(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends_of(self), SEND, "cancel"))
         return NULL;
-    ik_ring_leave(&ends_of(self)->rings[SEND], SEND);
+    leave_loan(ends_of(self), SEND);
     Py_RETURN_NONE;
 }
 
@@ -756,15 +940,20 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
         return NULL;
     if (ends->kept)
         return lend_kept(ends);
+    if (ends->pending)
+        return fail(ends, -EMSGSIZE, "peek", (uint64_t)PyBytes_GET_SIZE(ends->pending),
+                    ring->largest);
     show(ends, RECV); /* until release() or keep() */
     int rc = ik_ring_wait_message(ring, IK_NOW);
     int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
     use_waiting(ends);
+    ends->receivers++;
     while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {
         WITHOUT_GIL(ends, rc = ik_ring_wait_message(ring, deadline_ns));
         if (rc != -EINTR || !look_around(ends, "peek"))
             break;
     }
+    ends->receivers--;
     if (rc == 0) {
         rc = ik_ring_look(ring, &data, &len);
         if (rc != 1)
@@ -785,14 +974,15 @@ static PyObject *ends_release(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends, RECV, "release"))
         return NULL;
-    if (ends->kept) {
-        Py_CLEAR(ends->kept);
-        Py_RETURN_NONE;
+    if (!ends->kept) {
+        ik_ring_step(&ends->rings[RECV], ends->loaned[RECV]);
+        ik_ring_commit(&ends->rings[RECV], RECV);
     }
-    ik_ring_step(&ends->rings[RECV], ends->loaned[RECV]);
-    ik_ring_commit(&ends->rings[RECV], RECV);
-    ik_ring_leave(&ends->rings[RECV], RECV);
-    keep_listening(ends);
+    leave_loan(ends, RECV);
+    if (ends->kept)
+        drop_kept(ends);
+    if (!ends->closed)
+        keep_listening(ends);
     Py_RETURN_NONE;
 }
 
@@ -800,8 +990,7 @@ static PyObject *ends_keep(PyObject *self, PyObject *none) {
     (void)none;
     if (!take_back(ends_of(self), RECV, "keep"))
         return NULL;
-    if (!ends_of(self)->kept)
-        ik_ring_leave(&ends_of(self)->rings[RECV], RECV);
+    leave_loan(ends_of(self), RECV);
     Py_RETURN_NONE;
 }
 
@@ -831,11 +1020,10 @@ static PyObject *ends_send_some(PyObject *self, PyObject *data) {
     Py_RETURN_TRUE;
 }
 
-static int64_t take_some(ends_object *ends, target *into) {
+/* The next message, as far as it has come, which may be pending then: -EAGAIN. */
+static int64_t take_step(ends_object *ends, target *into) {
     ik_ring *ring = &ends->rings[RECV];
     const void *data;
-    if (ends->kept)
-        return take_kept(ends, into);
     if (!ends->pending) {
         int rc = ik_ring_enter(ring, RECV, IK_NOW);
         if (rc < 0)
@@ -850,13 +1038,41 @@ static int64_t take_some(ends_object *ends, target *into) {
             return PyErr_Occurred() ? -EINTR : -EMSGSIZE;
         }
     }
-    int rc = ik_ring_recv_stream(ring, &ends->progress[RECV], PyBytes_AS_STRING(ends->pending),
-                                 (uint64_t)PyBytes_GET_SIZE(ends->pending), IK_RING_STEP);
-    if (rc == -EINTR)
-        return -EAGAIN;
-    into->bytes = rc == 0 ? Py_NewRef(ends->pending) : NULL;
-    Py_CLEAR(ends->pending);
-    return rc;
+    return take_pending(ends, into, IK_NOW);
+}
+
+static int64_t take_some(ends_object *ends, target *into) {
+    return ends->kept ? take_kept(ends, into) : take_step(ends, into);
+}
+
+/* Take in a message, or a part of one. 1; 0: nothing is there; -1: don't wait for more. */
+static int take_in(ends_object *ends) {
+    target into = {0};
+    uint64_t before = ends->pending ? ends->progress[RECV].done : 0;
+    if (ends->receivers || (!ends->pending && ends->kept_bytes >= ends->max_inbox))
+        return -1;
+    int64_t rc = take_step(ends, &into);
+    if (into.bytes) {
+        keep_message(ends, into.bytes);
+        Py_DECREF(into.bytes);
+        if (ends->listening && !ends->closed)
+            keep_listening(ends);
+        return 1;
+    }
+    if (rc == -EAGAIN)
+        return ends->pending && ends->progress[RECV].done != before;
+    return rc == -ECONNABORTED ? 1 : -1; /* what it is, the next receive finds too */
+}
+
+static PyObject *ends_take_in(PyObject *self, PyObject *none) {
+    ends_object *ends = ends_of(self);
+    (void)none;
+    if (!read_call(ends, RECV, "asend", NULL, 0, 0, 0, NULL, &(double){0}))
+        return NULL;
+    use(ends);
+    int took = take_in(ends);
+    unuse(ends);
+    return PyErr_Occurred() ? NULL : PyLong_FromLong(took);
 }
 
 /* The message; or wait for the bell and come again: None, or False amid a long message. */
@@ -866,7 +1082,9 @@ static PyObject *ends_recv_some(PyObject *self, PyObject *none) {
     (void)none;
     if (!read_call(ends, RECV, "arecv", NULL, 0, 0, 0, NULL, &(double){0}))
         return NULL;
+    use(ends);
     int64_t rc = take_some(ends, &into);
+    unuse(ends);
     if (!is_not_yet(rc) && rc != -EDEADLK && rc < 0)
         return fail(ends, rc, "arecv", into.size, ends->max_message);
     keep_listening(ends);
@@ -954,6 +1172,32 @@ static PyObject *ends_set_bells(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* (bytes, deque): a send that waits takes in so much. The bells are set. */
+static PyObject *ends_set_inbox(PyObject *self, PyObject *args) {
+    unsigned long long bytes;
+    PyObject *later;
+    if (!PyArg_ParseTuple(args, "KO", &bytes, &later))
+        return NULL;
+    ends_of(self)->max_inbox = bytes;
+    Py_XSETREF(ends_of(self)->later, Py_NewRef(later));
+    Py_RETURN_NONE;
+}
+
+/* Messages that are kept, and that of which a part is. */
+static PyObject *ends_inbox(PyObject *self, PyObject *none) {
+    ends_object *ends = ends_of(self);
+    (void)none;
+    Py_ssize_t later = ends->later ? PyObject_Size(ends->later) : 0;
+    return PyLong_FromSsize_t((ends->kept != NULL) + later + (ends->pending != NULL));
+}
+
+/* From now on, the first verb in this process calls _join(). */
+static PyObject *ends_expect_use(PyObject *self, PyObject *none) {
+    (void)none;
+    ends_of(self)->unused = true;
+    Py_RETURN_NONE;
+}
+
 /* (side): where the ring is of which this sends into, or receives from. For cffi. */
 static PyObject *ends_address(PyObject *self, PyObject *side) {
     return PyLong_FromVoidPtr(&ends_of(self)->rings[PyLong_AsLong(side) == RECV ? RECV : SEND]);
@@ -968,12 +1212,11 @@ static PyObject *ends_shut_down(PyObject *self, PyObject *none) {
     abandon_sending(ends);
     abandon_receiving(ends);
     for (int side = 0; side < 2; side++) {
-        if (ends->lender[side] == ik_wait_thread() && take_back(ends, side, "close") &&
-            !(side == RECV && ends->kept))
-            ik_ring_leave(&ends->rings[side], side);
-        Py_CLEAR(ends->loans[side]);
+        if (ends->lender[side] == ik_wait_thread() && take_back(ends, side, "close"))
+            leave_loan(ends, side);
     }
     Py_CLEAR(ends->kept);
+    Py_CLEAR(ends->later);
     ends->queue.doing = NULL;
     ends->closed = true;
     if (ends->users == 0)
@@ -1004,6 +1247,9 @@ static PyObject *ends_new(PyTypeObject *type, PyObject *args, PyObject *keywords
 static void ends_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(ends_shut_down(self, NULL));
+    drop_views(ends_of(self)); /* the loans of other threads too */
+    for (int side = 0; side < 2; side++)
+        Py_CLEAR(ends_of(self)->loans[side]);
     Py_XDECREF(ends_of(self)->queue.dumps);
     Py_XDECREF(ends_of(self)->queue.loads);
     Py_XDECREF(ends_of(self)->queue.rest);
@@ -1120,6 +1366,10 @@ static PyMethodDef methods[] = {
     {"_listen", ends_listen, METH_O, NULL},
     {"_attach", ends_attach, METH_VARARGS, NULL},
     {"_set_bells", ends_set_bells, METH_VARARGS, NULL},
+    {"_set_inbox", ends_set_inbox, METH_VARARGS, NULL},
+    {"_inbox", ends_inbox, METH_NOARGS, NULL},
+    {"_take_in", ends_take_in, METH_NOARGS, NULL},
+    {"_expect_use", ends_expect_use, METH_NOARGS, NULL},
     {"_address", ends_address, METH_O, NULL},
     {"_shut_down", ends_shut_down, METH_NOARGS, NULL},
     {0},

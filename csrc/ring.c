@@ -33,6 +33,7 @@ struct ik_ring_shared {
     uint32_t flags;
     uint32_t max_messages;
     _Alignas(64) uint32_t closed[2]; /* apart: each send reads it and no send writes it */
+    uint32_t users[2];               /* processes that joined the side and have not parted */
     line lines[2];
     _Alignas(64) unsigned char locks[2][IK_LOCK_SIZE];
 };
@@ -44,8 +45,12 @@ enum waiting { SLEEPS = 1, LISTENS = 2 };
 enum kind { WHOLE = 1, GAP, FIRST, MORE, LAST };
 enum { RECORD = 8, LENGTH_BITS = 40, KIND_BITS = 8 };
 
-/* The state of a long message, below its id of 16 bits. */
-enum stream { IDLE = 0, SENDING = 1, REWIND = 2, STATE_BITS = 2 };
+/* The state of a long message, below its id of 16 bits. The sender goes from IDLE to SENDING, and
+ * back when all of it is in the ring, and not a byte of it received. A receiver that must make room
+ * for the rest, and so can't leave it to the next one any more, says TAKEN: then the sender stays,
+ * to send it again if that receiver asks so (REWIND) or dies. FINISHED: it has everything, and the
+ * sender can't give up any more; the index behind the last piece is the commit. */
+enum stream { IDLE = 0, SENDING, TAKEN, FINISHED, REWIND, STATE_BITS = 3 };
 
 static uint64_t record_size(uint64_t len) {
     return RECORD + ((len + 7) & ~(uint64_t)7);
@@ -163,6 +168,7 @@ static void ring_bell(int bell) {
 static void wake(ik_ring *ring, int side, int sleepers) {
     line *other = &ring->shared->lines[!side];
     uint32_t waiting = __atomic_exchange_n(&other->waiting, 0, __ATOMIC_RELAXED);
+    IK_KILLPOINT("ring.waking");
     if (waiting & SLEEPS)
         ik_wake_word(word_of(other), sleepers);
     if (waiting & LISTENS)
@@ -185,33 +191,35 @@ static void pass_on(ik_ring *ring, int side) {
         wake(ring, side, 1);
 }
 
+/* Until nothing rings; but not for ever: the other may go on ringing. */
 static void silence(int bell) {
     char rung[512];
-    /* Not for ever: the other may go on ringing. */
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 512; i++) {
         ssize_t len = recv(bell, rung, sizeof rung, MSG_DONTWAIT);
-        if (len < 0 && errno == ENOTSOCK)
+        bool is_socket = len >= 0 || errno != ENOTSOCK;
+        if (!is_socket)
             len = read(bell, rung, sizeof rung);
-        if (len < (ssize_t)sizeof rung)
+        if (len < (is_socket ? 0 : (ssize_t)sizeof rung))
             return;
     }
 }
 
-/* Sleep in poll, on the bell and the peer's life. Life is asked for last, because what a peer did
- * before its end counts. */
-static int sleep_in_poll(const ik_ring *ring, int side, int64_t deadline_ns) {
+/* Sleep in poll, on the bell, the peer's life, and another bell if there is one. A peer whose life
+ * has ended may have done something before. */
+static int sleep_in_poll(const ik_ring *ring, int side, int other_bell, int64_t deadline_ns) {
     int64_t left = deadline_ns == IK_FOREVER ? INT64_MAX : deadline_ns - ik_wait_now();
     if (left <= 0)
         return -ETIMEDOUT;
     struct timespec time = {.tv_nsec = left < IK_SLICE ? left : IK_SLICE};
-    struct pollfd both[2] = {{.fd = ring->ends[side].bell, .events = POLLIN},
-                             {.fd = ring->life, .events = POLLRDHUP}};
-    int rc = ppoll(both, 2, &time, NULL);
+    struct pollfd all[3] = {{.fd = ring->ends[side].bell, .events = POLLIN},
+                            {.fd = ring->life, .events = POLLRDHUP},
+                            {.fd = other_bell, .events = POLLIN}};
+    int rc = ppoll(all, 3, &time, NULL);
     if (rc < 0)
         return -errno;
-    if (both[0].revents)
-        silence(both[0].fd);
-    else if (both[1].revents)
+    if (all[0].revents)
+        silence(all[0].fd);
+    if (all[1].revents)
         return -ECONNRESET;
     return rc > 0 ? 0 : left <= IK_SLICE ? -ETIMEDOUT : -EINTR;
 }
@@ -242,13 +250,21 @@ static int wait_for_other(ik_ring *ring, int side, uint32_t seen, int64_t deadli
     if (!announce(ring, side, in_poll ? LISTENS : SLEEPS, seen))
         return 0;
     IK_KILLPOINT("ring.asleep");
-    int rc = in_poll ? sleep_in_poll(ring, side, deadline_ns)
+    int rc = in_poll ? sleep_in_poll(ring, side, -1, deadline_ns)
                      : ik_wait_word(word_of(other), seen, deadline_ns);
     if (rc == 0 && is_locked(ring, side)) /* woken alone: the others may still be asleep */
         __atomic_fetch_or(&other->waiting, SLEEPS, __ATOMIC_RELAXED);
-    if (rc == -ECONNRESET && __atomic_load_n(word_of(other), __ATOMIC_RELAXED) != seen)
+    bool did_more =
+        __atomic_load_n(word_of(other), __ATOMIC_RELAXED) != seen || is_closed(ring, !side);
+    return rc == -ECONNRESET && did_more ? 0 : rc;
+}
+
+/* A peer that goes on changing its index could keep us looking at it for ever: every so many turns,
+ * what the waiting comes to. 0: go on. */
+static int after_turn(uint32_t turn, int64_t deadline_ns) {
+    if (turn % 1024)
         return 0;
-    return rc;
+    return deadline_ns > IK_NOW && ik_wait_now() >= deadline_ns ? -ETIMEDOUT : -EINTR;
 }
 
 /* --- entering an end ------------------------------------------------------------------------- */
@@ -261,10 +277,14 @@ static ik_lock *lock_of(const ik_ring *ring, int side) {
  * waits. */
 static const uint32_t CONTENDED = (uint32_t)1 << 31;
 
+/* No thread is inside, but the end is entered: see ik_ring_park(). */
+static const uint32_t PARKED = 0x7fffffff;
+
 /* A thread of the parent's that was inside at a fork is not in this process, and never leaves. */
 static bool is_left_behind(uint32_t busy) {
     int tid = (int)(busy & ~CONTENDED);
-    return tid && syscall(SYS_tgkill, getpid(), tid, 0) < 0 && errno == ESRCH;
+    return tid && (uint32_t)tid != PARKED && syscall(SYS_tgkill, getpid(), tid, 0) < 0 &&
+           errno == ESRCH;
 }
 
 static int wait_for_turn(ik_ring_end *end, int64_t deadline_ns) {
@@ -300,12 +320,39 @@ static void end_turn(ik_ring_end *end) {
         ik_wake_word(&end->busy, 1);
 }
 
-/* A long message whose sender is gone: who receives it must know. */
+/* --- the state of a long message ------------------------------------------------------------- */
+
+static uint32_t *stream_of(const ik_ring *ring) {
+    return &ring->shared->lines[IK_RING_SEND].stream;
+}
+
+/* Acquire: what was committed before the state was set is seen. */
+static uint32_t load_stream(const ik_ring *ring) {
+    return __atomic_load_n(stream_of(ring), __ATOMIC_ACQUIRE);
+}
+
+static enum stream state_of(uint32_t stream) {
+    return stream & ((1 << STATE_BITS) - 1);
+}
+
+/* Release: who sees the state sees what was committed before. */
+static bool change_stream(ik_ring *ring, uint32_t id, enum stream from, enum stream to) {
+    uint32_t expected = id << STATE_BITS | from;
+    return __atomic_compare_exchange_n(stream_of(ring), &expected, id << STATE_BITS | to, false,
+                                       __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+
+/* The sender is gone: who receives the rest must know. */
 static void drop_stream(ik_ring *ring) {
-    line *tail = &ring->shared->lines[IK_RING_SEND];
-    uint32_t stream = __atomic_load_n(&tail->stream, __ATOMIC_RELAXED);
-    if (stream & (SENDING | REWIND))
-        __atomic_store_n(&tail->stream, stream & ~(uint32_t)(SENDING | REWIND), __ATOMIC_RELEASE);
+    uint32_t stream = load_stream(ring);
+    if (state_of(stream) != IDLE)
+        __atomic_store_n(stream_of(ring), stream >> STATE_BITS << STATE_BITS, __ATOMIC_RELEASE);
+}
+
+/* Part of it was received by who won't finish: ask the sender for all of it again, if it still is
+ * in there. What nobody has TAKEN is all there, and a second time would be once too often. */
+static bool rewind_stream(ik_ring *ring, uint32_t id) {
+    return change_stream(ring, id, TAKEN, REWIND) || change_stream(ring, id, FINISHED, REWIND);
 }
 
 /* Nothing is half done: the index is the truth. The dead may have owed somebody the waking. */
@@ -351,8 +398,7 @@ void ik_ring_leave(ik_ring *ring, int side) {
 
 /* Then the one to be woken is who sleeps inside the other end, and not just any sleeper. */
 static bool is_streaming(const ik_ring *ring) {
-    const line *tail = &ring->shared->lines[IK_RING_SEND];
-    return __atomic_load_n(&tail->stream, __ATOMIC_RELAXED) & (SENDING | REWIND);
+    return state_of(load_stream(ring)) != IDLE;
 }
 
 void ik_ring_commit(ik_ring *ring, int side) {
@@ -407,7 +453,8 @@ static int find_room(ik_ring *ring, uint64_t need) {
 void *ik_ring_reserve(ik_ring *ring, uint64_t len, int *ret_error) {
     ik_ring_end *end = &ring->ends[IK_RING_SEND];
     uint64_t offset = end->at & (ring->capacity - 1), to_the_end = ring->capacity - offset;
-    int rc = len > ring->largest ? -EMSGSIZE : is_closed(ring, IK_RING_RECV) ? -EPIPE : 0;
+    bool closed = is_closed(ring, IK_RING_RECV) || is_closed(ring, IK_RING_SEND);
+    int rc = len > ring->largest ? -EMSGSIZE : closed ? -EPIPE : 0;
     if (rc == 0) {
         end->gap = record_size(len) > to_the_end ? to_the_end : 0;
         rc = find_room(ring, end->gap + record_size(len));
@@ -429,6 +476,7 @@ static void stage(ik_ring *ring, uint64_t header, uint64_t len) {
         end->gap = 0;
     }
     memcpy(ring->data + (end->at & mask), &header, RECORD);
+    IK_KILLPOINT("ring.staged");
     end->at += record_size(len);
 }
 
@@ -438,7 +486,7 @@ void ik_ring_stage(ik_ring *ring, uint64_t len) {
 }
 
 int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns) {
-    for (;;) {
+    for (uint32_t turn = 1;; turn++) {
         int rc = ik_ring_enter(ring, IK_RING_SEND, deadline_ns);
         if (rc < 0)
             return rc;
@@ -448,7 +496,7 @@ int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns) {
         ik_ring_leave(ring, IK_RING_SEND);
         if (rc == -EAGAIN)
             rc = wait_for_other(ring, IK_RING_SEND, seen, deadline_ns);
-        if (rc < 0)
+        if (rc < 0 || (rc = after_turn(turn, deadline_ns)) < 0)
             return rc;
     }
 }
@@ -456,20 +504,22 @@ int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns) {
 /* --- sending a long message: pieces that fit, with an id; the first says how long it is --------
  */
 
-static uint32_t *stream_of(ik_ring *ring) {
-    return &ring->shared->lines[IK_RING_SEND].stream;
-}
-
 static void begin_stream(ik_ring *ring, ik_ring_progress *progress) {
-    uint32_t id = ((__atomic_load_n(stream_of(ring), __ATOMIC_RELAXED) >> STATE_BITS) + 1) & 0xffff;
-    *progress = (ik_ring_progress){.stream = id, .inside = 1};
+    uint32_t id = ((load_stream(ring) >> STATE_BITS) + 1) & 0xffff;
+    *progress = (ik_ring_progress){.stream = id, .inside = SENDING};
     /* Seen before the first piece, which the release of the index sees to. */
     __atomic_store_n(stream_of(ring), id << STATE_BITS | SENDING, __ATOMIC_RELAXED);
+    IK_KILLPOINT("ring.stream");
 }
 
-/* For between two pieces that did not wait: with a busy peer they might go on for ever. */
-static bool is_over(int64_t deadline_ns) {
-    return deadline_ns > IK_NOW && ik_wait_now() >= deadline_ns;
+/* After a piece that did not wait: with a busy peer they might go on for long, with a hostile one
+ * for ever. 0: go on; -ETIMEDOUT, -EINTR. */
+static int after_piece(uint32_t pieces, int64_t deadline_ns) {
+    if (deadline_ns == IK_NOW)
+        return pieces % 65536 ? 0 : -ETIMEDOUT;
+    if (deadline_ns > IK_NOW && ik_wait_now() >= deadline_ns)
+        return -ETIMEDOUT;
+    return pieces % 256 ? 0 : -EINTR;
 }
 
 static uint64_t piece_limit(const ik_ring *ring) {
@@ -490,22 +540,13 @@ static int send_piece(ik_ring *ring, ik_ring_progress *progress, const void *dat
     stage(ring, header_of(kind, progress->stream, extra + piece), extra + piece);
     ring->ends[IK_RING_SEND].staged = kind == LAST;
     ik_ring_commit(ring, IK_RING_SEND);
+    IK_KILLPOINT("ring.piece");
     progress->done += piece;
     return 0;
 }
 
-/* Everything is in the ring. True, unless a receiver wants it again: then that begins. */
-static bool finish_stream(ik_ring *ring, ik_ring_progress *progress) {
-    uint32_t expected = progress->stream << STATE_BITS | SENDING;
-    if (__atomic_compare_exchange_n(stream_of(ring), &expected, progress->stream << STATE_BITS,
-                                    false, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
-        return true;
-    begin_stream(ring, progress);
-    return false;
-}
-
 static void begin_again_if_asked(ik_ring *ring, ik_ring_progress *progress) {
-    if (__atomic_load_n(stream_of(ring), __ATOMIC_RELAXED) & REWIND)
+    if (state_of(load_stream(ring)) == REWIND)
         begin_stream(ring, progress);
 }
 
@@ -516,32 +557,109 @@ static int64_t piece_deadline(const ik_ring_progress *progress, int64_t deadline
     return at_once ? ik_wait_now() + IK_RING_MOMENT : deadline_ns;
 }
 
+/* If whoever was inside the end died, the kernel gives us its lock. */
+static void look_after(ik_ring *ring, int side) {
+    if (is_locked(ring, side) && ik_ring_enter(ring, side, IK_NOW) == 0)
+        ik_ring_leave(ring, side);
+}
+
+/* The receivers are behind the last piece. */
+static bool is_received(ik_ring *ring, uint64_t *ret_head) {
+    /* Acquire: as find_room(). */
+    *ret_head = __atomic_load_n(&ring->shared->lines[IK_RING_RECV].index, __ATOMIC_ACQUIRE);
+    return *ret_head == ring->ends[IK_RING_SEND].at;
+}
+
+/* Everything is in the ring, and may be received at any moment. 0: it is sent; 1: a receiver wants
+ * it again; -EAGAIN: one is in the middle of it; -EBADMSG. */
+static int try_finish(ik_ring *ring, const ik_ring_progress *progress, uint64_t *ret_head) {
+    IK_KILLPOINT("ring.finish");
+    if (change_stream(ring, progress->stream, SENDING, IDLE))
+        return 0;
+    /* Before the index, which is set before the state. After REWIND it says nothing: the pieces are
+     * skipped then. */
+    enum stream state = state_of(load_stream(ring));
+    if (is_received(ring, ret_head) && state != REWIND)
+        return 0;
+    return state == REWIND ? 1 : state == TAKEN || state == FINISHED ? -EAGAIN : -EBADMSG;
+}
+
+/* Out of time, or of patience. True if the message is not received, nor will be. What a receiver
+ * has FINISHED is committed in a moment, unless it dies. */
+static bool take_back(ik_ring *ring, const ik_ring_progress *progress) {
+    uint64_t head;
+    for (int tries = 0; tries < 10; tries++) {
+        if (change_stream(ring, progress->stream, TAKEN, IDLE))
+            return true;
+        int rc = try_finish(ring, progress, &head);
+        if (rc != -EAGAIN)
+            return rc != 0;
+        look_after(ring, IK_RING_RECV);
+        ik_wait_word(word_of(&ring->shared->lines[IK_RING_RECV]), (uint32_t)head,
+                     ik_wait_now() + IK_SLICE / 10);
+    }
+    return true; /* stopped just there, or hostile */
+}
+
+/* 0: it is sent; 1: all of it again; or as ik_ring_send(). */
+static int finish_stream(ik_ring *ring, ik_ring_progress *progress, int64_t deadline_ns) {
+    uint64_t head;
+    int rc;
+    progress->inside = FINISHED;
+    while ((rc = try_finish(ring, progress, &head)) == -EAGAIN) {
+        if (is_closed(ring, IK_RING_RECV))
+            return -EPIPE;
+        rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)head,
+                            piece_deadline(progress, deadline_ns));
+        IK_KILLPOINT("ring.awaiting");
+        if (rc == -EINTR)
+            look_after(ring, IK_RING_RECV);
+        if (rc < 0)
+            return rc;
+    }
+    return rc;
+}
+
+/* Until everything is in the ring. */
+static int send_pieces(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
+                       uint32_t *pieces, int64_t deadline_ns) {
+    while (progress->done < len) {
+        begin_again_if_asked(ring, progress);
+        int rc = send_piece(ring, progress, data, len);
+        if (rc == -EAGAIN)
+            rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)ring->ends[IK_RING_SEND].seen,
+                                piece_deadline(progress, deadline_ns));
+        else if (rc == 0 && progress->done < len)
+            rc = after_piece(++*pieces, deadline_ns);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
 static int send_stream(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                        int64_t deadline_ns) {
+    int rc;
     if (!progress->inside) {
-        int rc = ik_ring_enter(ring, IK_RING_SEND, deadline_ns);
+        rc = ik_ring_enter(ring, IK_RING_SEND, deadline_ns);
         if (rc < 0)
             return rc;
         begin_stream(ring, progress);
     }
+    uint32_t pieces = 0;
     do {
-        while (progress->done < len) {
-            begin_again_if_asked(ring, progress);
-            int rc = send_piece(ring, progress, data, len);
-            if (rc == -EAGAIN)
-                rc = wait_for_other(ring, IK_RING_SEND, (uint32_t)ring->ends[IK_RING_SEND].seen,
-                                    piece_deadline(progress, deadline_ns));
-            else if (rc == 0 && progress->done < len && is_over(deadline_ns))
-                rc = -ETIMEDOUT;
-            if (rc == -EINTR)
-                return rc;
-            if (rc < 0) {
-                ik_ring_give_up(ring, IK_RING_SEND, progress);
-                return rc;
-            }
-        }
-    } while (!finish_stream(ring, progress));
+        rc = send_pieces(ring, progress, data, len, &pieces, deadline_ns);
+        if (rc == 0)
+            rc = finish_stream(ring, progress, deadline_ns);
+        if (rc == 1)
+            begin_stream(ring, progress);
+    } while (rc == 1);
+    if (rc == -EINTR)
+        return rc;
+    if (rc < 0)
+        return ik_ring_give_up(ring, IK_RING_SEND, progress) ? 0 : rc;
     progress->inside = 0;
+    drop_stream(ring);
     ik_ring_leave(ring, IK_RING_SEND);
     return 0;
 }
@@ -614,17 +732,11 @@ static void skip(ik_ring *ring, uint64_t len) {
     ring->ends[IK_RING_RECV].at += record_size(len);
 }
 
-/* Ask the sender of a long message for all of it again, if it still is in there. */
-static bool rewind_stream(ik_ring *ring, uint32_t id) {
-    uint32_t expected = id << STATE_BITS | SENDING;
-    return __atomic_compare_exchange_n(stream_of(ring), &expected, id << STATE_BITS | REWIND, false,
-                                       __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-}
-
 /* A piece whose beginning went with a receiver that died or gave up. */
 static void skip_orphan(ik_ring *ring, int kind, uint64_t len, uint32_t id) {
     bool alone = ring->ends[IK_RING_RECV].staged == 0;
     rewind_stream(ring, id);
+    IK_KILLPOINT("ring.rewound");
     skip(ring, len);
     ring->ends[IK_RING_RECV].staged += kind == LAST;
     if (alone) /* else the caller has not yet said that what it staged is done */
@@ -651,6 +763,8 @@ int ik_ring_look(ik_ring *ring, const void **ret_data, uint64_t *ret_len) {
         } else if (kind == FIRST) {
             if (len <= sizeof *ret_len)
                 return -EBADMSG;
+            /* Who took it has died before it made room. */
+            change_stream(ring, id, TAKEN, SENDING);
             *ret_len = load((const uint64_t *)payload(ring));
             return *ret_len > ring->largest ? 0 : -EBADMSG;
         } else {
@@ -667,7 +781,7 @@ void ik_ring_step(ik_ring *ring, uint64_t len) {
 }
 
 int ik_ring_wait_message(ik_ring *ring, int64_t deadline_ns) {
-    for (;;) {
+    for (uint32_t turn = 1;; turn++) {
         const void *data;
         uint64_t len;
         int rc = ik_ring_enter(ring, IK_RING_RECV, deadline_ns);
@@ -679,12 +793,48 @@ int ik_ring_wait_message(ik_ring *ring, int64_t deadline_ns) {
         ik_ring_leave(ring, IK_RING_RECV);
         if (rc == -EAGAIN)
             rc = wait_for_other(ring, IK_RING_RECV, seen, deadline_ns);
-        if (rc < 0)
+        if (rc < 0 || (rc = after_turn(turn, deadline_ns)) < 0)
             return rc;
     }
 }
 
 /* --- receiving a long message ---------------------------------------------------------------- */
+
+/* To make room for the rest of it: from now on it is this receiver's or, if that fails, sent again.
+ * 0, or -EAGAIN: its sender is not in there any more. */
+static int take_stream(ik_ring *ring, ik_ring_progress *progress) {
+    if (progress->inside == TAKEN)
+        return 0;
+    if (!change_stream(ring, progress->stream, SENDING, TAKEN))
+        return -EAGAIN;
+    IK_KILLPOINT("ring.taking");
+    progress->inside = TAKEN;
+    ik_ring_commit(ring, IK_RING_RECV);
+    IK_KILLPOINT("ring.taken");
+    return 0;
+}
+
+/* The last piece was copied. 0, or -ECONNABORTED: the sender has given up before. */
+static int receive_last(ik_ring *ring, ik_ring_progress *progress) {
+    bool taken = progress->inside == TAKEN;
+    ring->ends[IK_RING_RECV].staged++;
+    if (taken && !change_stream(ring, progress->stream, TAKEN, FINISHED))
+        return -ECONNABORTED;
+    IK_KILLPOINT("ring.took");
+    ik_ring_commit(ring, IK_RING_RECV);
+    if (taken)
+        change_stream(ring, progress->stream, FINISHED, IDLE);
+    return 1;
+}
+
+/* A piece was copied. Its room is needed now only if the message is larger than the ring. */
+static int receive_more(ik_ring *ring, ik_ring_progress *progress, uint64_t len) {
+    if (progress->inside == TAKEN)
+        ik_ring_commit(ring, IK_RING_RECV);
+    else if (len >= ring->capacity)
+        take_stream(ring, progress);
+    return 0;
+}
 
 /* 1: that was the last; 0: there are more; -EAGAIN; -ECONNABORTED; -EBADMSG. */
 static int recv_piece(ik_ring *ring, ik_ring_progress *progress, void *buffer, uint64_t len) {
@@ -698,80 +848,76 @@ static int recv_piece(ik_ring *ring, ik_ring_progress *progress, void *buffer, u
     }
     if (kind < 0)
         return kind == -ENODATA ? -ECONNABORTED : kind;
-    uint64_t extra = progress->inside ? 0 : sizeof total;
-    if (kind != (progress->inside ? kind : FIRST) || size <= extra)
-        return -EBADMSG; /* also a piece of nothing, of which there could be any number */
+    uint64_t extra = progress->inside ? 0 : sizeof total, left = len - progress->done;
+    uint64_t most = piece_limit(ring) - extra, piece = left < most ? left : most;
     if (progress->inside && ((kind != MORE && kind != LAST) || id != progress->stream))
         return -ECONNABORTED; /* something else came: its sender gave up */
-    memcpy(&total, payload(ring), extra);
-    if (total != len || size - extra > len - progress->done ||
-        (kind == LAST) != (size - extra == len - progress->done))
+    if ((!progress->inside && kind != FIRST) || size < extra)
         return -EBADMSG;
-    memcpy((char *)buffer + progress->done, payload(ring) + extra, size - extra);
-    *progress = (ik_ring_progress){progress->done + size - extra, id, 1};
+    memcpy(&total, payload(ring), extra);
+    if (total != len || size - extra != piece || (kind == LAST) != (piece == left))
+        return -EBADMSG; /* also smaller pieces, of which there could be any number */
+    memcpy((char *)buffer + progress->done, payload(ring) + extra, piece);
+    int inside = progress->inside == TAKEN ? TAKEN : SENDING;
+    *progress = (ik_ring_progress){progress->done + piece, id, inside};
     skip(ring, size);
-    ring->ends[IK_RING_RECV].staged += kind == LAST;
-    ik_ring_commit(ring, IK_RING_RECV);
-    return kind == LAST;
-}
-
-/* If the sender died, the kernel gives us its lock. */
-static void look_after_sender(ik_ring *ring) {
-    if (is_locked(ring, IK_RING_SEND) && ik_ring_enter(ring, IK_RING_SEND, IK_NOW) == 0)
-        ik_ring_leave(ring, IK_RING_SEND);
+    return kind == LAST ? receive_last(ring, progress) : receive_more(ring, progress, len);
 }
 
 static bool is_being_sent(ik_ring *ring, const ik_ring_progress *progress) {
-    /* Acquire: the last piece was committed before its sender said that it is done. */
-    uint32_t stream = __atomic_load_n(stream_of(ring), __ATOMIC_ACQUIRE);
-    return stream == (progress->stream << STATE_BITS | SENDING);
+    return load_stream(ring) == (progress->stream << STATE_BITS | TAKEN);
 }
 
 /* For the next piece. 0: look again; -EINTR, -ETIMEDOUT, -ECONNRESET, -ECONNABORTED. */
 static int wait_for_piece(ik_ring *ring, ik_ring_progress *progress, int64_t deadline_ns) {
     ik_ring_end *end = &ring->ends[IK_RING_RECV];
-    if (!is_being_sent(ring, progress))
+    if (take_stream(ring, progress) < 0 || !is_being_sent(ring, progress))
         return load(&ring->shared->lines[IK_RING_SEND].index) == end->seen ? -ECONNABORTED : 0;
     int rc = wait_for_other(ring, IK_RING_RECV, (uint32_t)end->seen,
                             piece_deadline(progress, deadline_ns));
     if (rc == -EINTR)
-        look_after_sender(ring);
+        look_after(ring, IK_RING_SEND);
     if (rc < 0 && !is_being_sent(ring, progress))
         return 0; /* it is all there, or there will be no more */
-    if (rc == -ETIMEDOUT && !rewind_stream(ring, progress->stream))
-        return 0;
     return rc;
 }
 
 int ik_ring_recv_stream(ik_ring *ring, ik_ring_progress *progress, void *buffer, uint64_t len,
                         int64_t deadline_ns) {
-    for (;;) {
+    for (uint32_t pieces = 1;; pieces++) {
         int rc = recv_piece(ring, progress, buffer, len);
         if (rc == -EAGAIN)
             rc = wait_for_piece(ring, progress, deadline_ns);
-        else if (rc == 0 && is_over(deadline_ns) && rewind_stream(ring, progress->stream))
-            rc = -ETIMEDOUT;
+        else if (rc == 0 && progress->inside == TAKEN)
+            rc = after_piece(pieces, deadline_ns);
+        if (rc == -ETIMEDOUT && progress->inside == TAKEN && !rewind_stream(ring, progress->stream))
+            rc = 0;
         if (rc == -EINTR)
             return rc;
         if (rc != 0) {
             progress->inside = 0;
+            if (rc == -ECONNABORTED) /* its pieces are nobody's */
+                ik_ring_commit(ring, IK_RING_RECV);
             ik_ring_leave(ring, IK_RING_RECV);
             return rc < 0 ? rc : 0;
         }
     }
 }
 
-void ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress) {
+int ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress) {
+    int done = 0;
     if (!progress->inside)
-        return;
-    progress->inside = 0;
+        return 0;
     if (side == IK_RING_SEND) {
+        done = progress->inside == FINISHED && !take_back(ring, progress);
         drop_stream(ring);
         ik_ring_wake(ring, IK_RING_RECV);
-    } else {
+    } else if (progress->inside == TAKEN) {
         rewind_stream(ring, progress->stream);
     }
+    progress->inside = 0;
     ik_ring_leave(ring, side);
+    return done;
 }
 
 /* Entered, and something is there: take it into the buffer, and leave. */
@@ -817,8 +963,32 @@ void ik_ring_shut(ik_ring *ring, int side) {
     ik_ring_wake(ring, IK_RING_RECV);
 }
 
+void ik_ring_join(ik_ring *ring, int side) {
+    __atomic_fetch_add(&ring->shared->users[side], 1, __ATOMIC_RELAXED);
+}
+
+void ik_ring_part(ik_ring *ring, int side, int for_good) {
+    /* Release and acquire: the last one's shutting comes after what all the others sent. */
+    if (__atomic_fetch_sub(&ring->shared->users[side], 1, __ATOMIC_ACQ_REL) == 1 && for_good)
+        ik_ring_shut(ring, side);
+}
+
+int ik_ring_is_deserted(const ik_ring *ring, int side) {
+    struct pollfd life = {.fd = ring->life, .events = POLLRDHUP};
+    if (poll(&life, 1, 0) <= 0 || is_closed(ring, !side))
+        return 0;
+    const line *lines = ring->shared->lines;
+    return side == IK_RING_SEND ||
+           load(&lines[IK_RING_SEND].index) == load(&lines[IK_RING_RECV].index);
+}
+
 void ik_ring_reopen(ik_ring *ring, int side) {
     __atomic_store_n(&ring->shared->closed[side], 0, __ATOMIC_RELEASE);
+}
+
+int ik_ring_glance(ik_ring *ring, int side) {
+    const ik_ring_end *end = &ring->ends[side];
+    return ik_wait_glance(word_of(&ring->shared->lines[!side]), (uint32_t)end->seen, &end->other);
 }
 
 int ik_ring_listen(ik_ring *ring, int side) {
@@ -831,6 +1001,33 @@ int ik_ring_listen(ik_ring *ring, int side) {
         return 0;
     ring_bell(ring->ends[side].bell);
     return 1;
+}
+
+/* --- both ways at a time --------------------------------------------------------------------- */
+
+int ik_ring_spin(ik_ring *ring, int side) {
+    const uint32_t *word = word_of(&ring->shared->lines[!side]);
+    return ik_wait_spin(word, __atomic_load_n(word, __ATOMIC_RELAXED), &ring->ends[side].other);
+}
+
+int ik_ring_sleep_both(const ik_ring *out, const ik_ring *in, int64_t deadline_ns) {
+    int rc = sleep_in_poll(out, IK_RING_SEND, in ? in->ends[IK_RING_RECV].bell : -1, deadline_ns);
+    return rc == -ECONNRESET && is_closed(out, IK_RING_RECV) ? 0 : rc;
+}
+
+static void set_inside(ik_ring_end *end, uint32_t thread) {
+    uint32_t found = __atomic_load_n(&end->busy, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&end->busy, &found, thread | (found & CONTENDED), false,
+                                        __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+        continue;
+}
+
+void ik_ring_park(ik_ring *ring) {
+    set_inside(&ring->ends[IK_RING_RECV], PARKED);
+}
+
+void ik_ring_resume(ik_ring *ring) {
+    set_inside(&ring->ends[IK_RING_RECV], (uint32_t)ik_wait_thread());
 }
 
 void ik_ring_get_stats(ik_ring *ring, ik_ring_stats *ret_stats) {

@@ -59,7 +59,7 @@ typedef struct ik_ring {
 typedef struct ik_ring_progress {
     uint64_t done;
     uint32_t stream;
-    int inside;
+    int inside; /* the end: the state of the message, as this side knows it */
 } ik_ring_progress;
 
 /* Numbers for people; each was true at some moment. */
@@ -88,7 +88,7 @@ int ik_ring_attach(ik_ring *ring, void *memory, uint64_t size);
 /* --- whole operations: what waits, until the deadline --------------------------------------- */
 
 /* Send one message. 0, or -ETIMEDOUT; -EINTR: call again with the same progress, or give up;
- * -EPIPE: the receiving end is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
+ * -EPIPE: an end is closed; -EBADMSG: the memory is spoilt; -EDEADLK: this thread has
  * reserved; -ECONNRESET: the peer is gone; -ENOTRECOVERABLE. */
 int ik_ring_send(ik_ring *ring, ik_ring_progress *progress, const void *data, uint64_t len,
                  int64_t deadline_ns);
@@ -107,8 +107,9 @@ int ik_ring_wait_room(ik_ring *ring, uint64_t len, int64_t deadline_ns);
 int ik_ring_recv_stream(ik_ring *ring, ik_ring_progress *progress, void *buffer, uint64_t len,
                         int64_t deadline_ns);
 
-/* After -EINTR, end an operation of that side for good: it did nothing. */
-void ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress);
+/* After -EINTR, end an operation of that side for good. 0: it did nothing; 1: of a sender, while
+ * somebody receives the long message: that was quicker, the message is sent. */
+int ik_ring_give_up(ik_ring *ring, int side, ik_ring_progress *progress);
 
 /* Receive one message of at most size bytes. Its length, or as above; -EMSGSIZE: it is larger, and
  * stays. For callers that need no look around: -EINTR is dealt with here. */
@@ -145,8 +146,20 @@ void ik_ring_step(ik_ring *ring, uint64_t len);
 /* No more messages from, or to, this side: wakes everybody. */
 void ik_ring_shut(ik_ring *ring, int side);
 
+/* One process more that uses the side, and one that does no more. The last of them shuts it, unless
+ * it parts in favour of one that will join. Who is killed never parts. */
+void ik_ring_join(ik_ring *ring, int side);
+void ik_ring_part(ik_ring *ring, int side, int for_good);
+
+/* The peer's life has ended, it did not shut its side, and it left nothing for this one. */
+int ik_ring_is_deserted(const ik_ring *ring, int side);
+
 /* Take that back. */
 void ik_ring_reopen(ik_ring *ring, int side);
+
+/* 1 if something came for the side (messages, room) within the microsecond that it is worth looking
+ * without letting others work; called right after -EAGAIN or -ETIMEDOUT. */
+int ik_ring_glance(ik_ring *ring, int side);
 
 /* Silence the bell of the side, and have it rung at the next commit of the other. 1, and it rings
  * now, if a receive would not block, or a send of any record. A sender tries again after this call
@@ -155,5 +168,19 @@ int ik_ring_listen(ik_ring *ring, int side);
 
 /* Wake all who wait at the side, so that they look around. */
 void ik_ring_wake(ik_ring *ring, int side);
+
+/* --- for who sends into one ring and meanwhile receives from another ------------------------- */
+
+/* Look for a moment whether the other end moves: 1, or 0. */
+int ik_ring_spin(ik_ring *ring, int side);
+
+/* After ik_ring_listen() at the ends: sleep until there may be room in out, or something in the
+ * other ring, NULL: regardless. 0, or -ETIMEDOUT, -EINTR, -ECONNRESET. */
+int ik_ring_sleep_both(const ik_ring *out, const ik_ring *in, int64_t deadline_ns);
+
+/* Leave the receiving end entered, amid a long message, for whichever thread of this process goes
+ * on with it; and go on. Only without a lock. */
+void ik_ring_park(ik_ring *ring);
+void ik_ring_resume(ik_ring *ring);
 
 void ik_ring_get_stats(ik_ring *ring, ik_ring_stats *ret_stats);

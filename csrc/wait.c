@@ -68,33 +68,44 @@ static void set_spin(ik_spin *spin, uint32_t ns) {
     __atomic_store_n(&spin->ns, ns, __ATOMIC_RELAXED);
 }
 
-/* Spinning that doesn't pay halves down to nothing; then it is tried at every sixteenth wait. */
+/* Spinning that doesn't pay halves down to nothing. Then each sixteenth wait tries it at full
+ * length: two who wake each other could else never find out that they are both awake. */
 static uint32_t spin_budget(ik_spin *spin) {
     uint32_t turn = __atomic_load_n(&spin->waits, __ATOMIC_RELAXED);
-    uint32_t ns = turn == 0 ? IK_SPIN_LONGEST : __atomic_load_n(&spin->ns, __ATOMIC_RELAXED);
+    uint32_t ns = __atomic_load_n(&spin->ns, __ATOMIC_RELAXED);
     __atomic_store_n(&spin->waits, turn + 1, __ATOMIC_RELAXED);
-    if (turn % 16 == 0 && is_alone())
-        set_spin(spin, ns = 0);
-    else if (ns == 0 && turn % 16 == 0)
-        ns = IK_SPIN_SHORTEST;
-    return ns;
+    if (turn % 16)
+        return ns;
+    if (!is_alone())
+        return IK_SPIN_LONGEST;
+    set_spin(spin, 0);
+    return 0;
+}
+
+static int look(const uint32_t *word, uint32_t seen, int times) {
+    for (int i = 0; i < times; i++, relax())
+        /* Relaxed: who sees the change reads the word anew, with acquire, before using it. */
+        if (__atomic_load_n(word, __ATOMIC_RELAXED) != seen)
+            return 1;
+    return 0;
+}
+
+int ik_wait_glance(const uint32_t *word, uint32_t seen, const ik_spin *spin) {
+    return __atomic_load_n(&spin->ns, __ATOMIC_RELAXED) && look(word, seen, 32);
 }
 
 int ik_wait_spin(const uint32_t *word, uint32_t seen, ik_spin *spin) {
-    uint32_t budget = spin_budget(spin);
+    uint32_t before = __atomic_load_n(&spin->ns, __ATOMIC_RELAXED), budget = spin_budget(spin);
     if (budget == 0)
         return 0;
     int64_t end = ik_wait_now() + budget;
     do {
-        for (int i = 0; i < 32; i++, relax()) {
-            /* Relaxed: who sees the change reads the word anew, with acquire, before using it. */
-            if (__atomic_load_n(word, __ATOMIC_RELAXED) != seen) {
-                set_spin(spin, IK_SPIN_LONGEST);
-                return 1;
-            }
+        if (look(word, seen, 32)) {
+            set_spin(spin, IK_SPIN_LONGEST);
+            return 1;
         }
     } while (ik_wait_now() < end);
-    set_spin(spin, budget / 2 < IK_SPIN_SHORTEST ? 0 : budget / 2);
+    set_spin(spin, before / 2 < IK_SPIN_SHORTEST ? 0 : before / 2);
     return 0;
 }
 

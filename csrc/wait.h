@@ -29,6 +29,9 @@ int ik_wait_fd(int fd, int events, int64_t deadline_ns);
  * whether spinning paid before; it is none where this thread has one processor only. */
 int ik_wait_spin(const uint32_t *word, uint32_t seen, ik_spin *spin);
 
+/* The same, without the clock and for about a microsecond, where spinning paid last time. */
+int ik_wait_glance(const uint32_t *word, uint32_t seen, const ik_spin *spin);
+
 /* Sleep while *word is seen. 0 if it may have changed, -EINTR, or -ETIMEDOUT. See futex(2). */
 int ik_wait_word(const uint32_t *word, uint32_t seen, int64_t deadline_ns);
 

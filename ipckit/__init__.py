@@ -14,6 +14,7 @@ The rooms, lowest first; each imports only from those before it:
     limits      the kernel's limits on named objects, and how to raise them
     registry    who made and who uses what has a name in the kernel
     memory      shared memory: a sealed memfd, or a named file; views pin it; numpy
+    sync        locks, events, semaphores, conditions, barriers that survive kill -9
     ring        a ring of messages in shared memory: the engine
     sysv        System V message queues, shared memory and semaphores, by key or id
     posix       POSIX message queues, semaphores and shared memory, by name
@@ -60,6 +61,14 @@ from ipckit.signals import blocked as blocked
 from ipckit.signals import pending as pending
 from ipckit.signals import sigaction as sigaction
 from ipckit.signals import sigqueue as sigqueue
+from ipckit.sync import Barrier as Barrier
+from ipckit.sync import BoundedSemaphore as BoundedSemaphore
+from ipckit.sync import BrokenBarrierError as BrokenBarrierError
+from ipckit.sync import Condition as Condition
+from ipckit.sync import Event as Event
+from ipckit.sync import Lock as Lock
+from ipckit.sync import RLock as RLock
+from ipckit.sync import Semaphore as Semaphore
 from ipckit.vectored import preadv as preadv
 from ipckit.vectored import pwritev as pwritev
 from ipckit.vectored import readv as readv

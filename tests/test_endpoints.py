@@ -13,6 +13,7 @@ from conftest import eventually
 
 import ipckit
 from ipckit import posix, sysv
+from ipckit.channel import channel
 from ipckit.endpoints import Receiver, Sender
 
 
@@ -47,6 +48,11 @@ def a_ring_of_many():
     return ring, ring, lambda: None
 
 
+def a_channel():
+    near, far = channel(8192)
+    return near, far, lambda: None
+
+
 def remove(queue):
     with queue:
         queue.unlink() if isinstance(queue, posix.MessageQueue) else queue.remove()
@@ -59,6 +65,7 @@ ENDPOINTS = {
     "System V queue": a_system_v_queue,
     "ring": a_ring,
     "ring of many": a_ring_of_many,
+    "channel": a_channel,
 }
 
 

@@ -272,6 +272,7 @@ static void closing_wakes_who_sleeps(void) {
             usleep(100);
         ik_ring_shut(&ring, IK_RING_SEND);
         reap(receiver);
+        ik_ring_reopen(&ring, IK_RING_SEND);
         for (int len = 100; len <= 10000; len += 9900) {
             pid_t sender = forked(send_until_closed, &ring, len);
             while (!stats_of(&ring).asleep[IK_RING_SEND])
@@ -403,6 +404,10 @@ static void send_until_stuck(ik_ring *ring, ik_ring_progress *progress, uint64_t
     assert(ik_ring_send(ring, progress, bytes, len, IK_FOREVER) == -EINTR && progress->inside);
 }
 
+static int send_on(ik_ring *ring, ik_ring_progress *progress, uint64_t len) {
+    return ik_ring_send(ring, progress, bytes, len, IK_FOREVER);
+}
+
 static void recv_until_stuck(ik_ring *ring, ik_ring_progress *progress, uint64_t len) {
     const void *data;
     uint64_t found;
@@ -437,6 +442,29 @@ static void a_sender_gives_up_in_the_middle(void) {
     drop(&ring);
 }
 
+/* Everything is in the ring, but a receiver is in the middle of it, and may die there. */
+static void a_sender_waits_for_who_has_begun_to_receive(void) {
+    for (int gives_up = 0; gives_up < 2; gives_up++) {
+        ik_ring ring = new_ring(4096, BOTH, 0), other = attached(&ring);
+        ik_ring_progress sending = {0}, receiving = {0};
+        fill(bytes, 5000, 4);
+        send_until_stuck(&ring, &sending, 5000);
+        recv_until_stuck(&other, &receiving, 5000);
+        send_until_stuck(&ring, &sending, 5000);
+        assert(sending.done == 5000);
+        if (gives_up) {
+            assert(ik_ring_give_up(&ring, IK_RING_SEND, &sending) == 0);
+            assert(ik_ring_recv_stream(&other, &receiving, got, 5000, IK_NOW) == -ECONNABORTED);
+        } else {
+            assert(ik_ring_recv_stream(&other, &receiving, got, 5000, IK_NOW) == 0);
+            assert(is_filled(got, 5000, 4));
+            assert(ik_ring_give_up(&ring, IK_RING_SEND, &sending) == 1); /* too late */
+        }
+        assert(stats_of(&ring).sent == stats_of(&ring).received && stats_of(&ring).used == 0);
+        drop(&ring);
+    }
+}
+
 /* After a receiver that left in the middle the next one gets all of it. */
 static void a_long_message_is_sent_again(bool timed_out) {
     ik_ring ring = new_ring(4096, 0, 0), first = attached(&ring), second = attached(&ring);
@@ -450,12 +478,13 @@ static void a_long_message_is_sent_again(bool timed_out) {
         ik_ring_give_up(&first, IK_RING_RECV, &receiving);
     receiving = (ik_ring_progress){0};
     send_until_stuck(&ring, &sending, 10000);
-    for (int i = 0; i < 10 && sending.inside; i++) {
-        recv_until_stuck(&second, &receiving, 10000);
-        if (ik_ring_send(&ring, &sending, bytes, 10000, IK_FOREVER) == 0)
-            break;
+    recv_until_stuck(&second, &receiving, 10000);
+    int rc = -EINTR;
+    for (int i = 0; i < 10 && rc == -EINTR; i++) {
+        send_until_stuck(&ring, &sending, 10000);
+        rc = ik_ring_recv_stream(&second, &receiving, got, 10000, IK_FOREVER);
     }
-    assert(ik_ring_recv_stream(&second, &receiving, got, 10000, IK_NOW) == 0);
+    assert(rc == 0 && send_on(&ring, &sending, 10000) == 0);
     assert(is_filled(got, 10000, 3) && stats_of(&ring).sent == 1 && stats_of(&ring).received == 1);
     assert(stats_of(&ring).used == 0);
     drop(&ring);
@@ -755,6 +784,7 @@ int main(int argc, char **argv) {
         TEST(long_and_short_pass_between_processes),
         TEST(a_sender_that_runs_out_of_time_has_sent_nothing),
         TEST(a_sender_gives_up_in_the_middle),
+        TEST(a_sender_waits_for_who_has_begun_to_receive),
         TEST(after_a_receiver_a_long_message_is_sent_again),
         TEST(what_was_staged_before_a_long_message_counts),
         TEST(a_deadline_counts_also_while_data_flows),

@@ -1,0 +1,786 @@
+"""What a channel has beyond the verbs of all endpoints, which test_endpoints.py holds it to."""
+
+import array
+import asyncio
+import contextlib
+import errno
+import fcntl
+import gc
+import hashlib
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import select
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import eventually, open_descriptors
+
+import ipckit
+from ipckit import Closed, Corrupt, PeerDied, SharedMemory, process, ring, sockets
+from ipckit.channel import Channel, Listener, channel, connect
+
+WHOLE = os.environ.get("IPCKIT_PROOF") == "1"
+
+
+@pytest.fixture
+def ends():
+    left, right = channel(8192)
+    yield left, right
+    left.close()
+    right.close()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "sock")
+
+
+@pytest.fixture
+def listener(path):
+    with Listener(path, capacity=8192) as made:
+        yield made
+
+
+def connected(listener):
+    """The listener's end, and the client's, both in this process."""
+    made = []
+    thread = threading.Thread(target=lambda: made.append(connect(listener.path, timeout=20)))
+    thread.start()
+    end = listener.accept(timeout=20)
+    thread.join(20)
+    return end, made[0]
+
+
+def is_asleep(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S"
+
+
+# --- both ways -----------------------------------------------------------------------------------
+
+
+def test_each_end_sends_and_receives(ends):
+    left, right = ends
+    left.send(b"there")
+    right.send(b"and back")
+    assert right.recv(timeout=5) == b"there"
+    assert left.recv(timeout=5) == b"and back"
+    stats = left.stats()
+    assert (stats.sent.sent, stats.received.received, stats.inbox) == (1, 1, 0)
+    assert left.capacity == right.capacity == 8192
+    assert left.peer == (os.getpid(), os.getuid(), os.getgid())
+    assert repr(left) == "<Channel channel of 8192 bytes>"
+
+
+@pytest.mark.parametrize(
+    "options", [{"capacity": 0}, {"capacity": 1 << 35}, {"max_message": 0}, {"max_inbox": -1}]
+)
+def test_sizes_out_of_range_are_refused(options):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(options))} must be .* not {next(iter(options.values()))}"
+    ):
+        channel(**options)
+
+
+def test_a_message_beyond_max_message_is_refused():
+    left, right = channel(8192, max_message=100)
+    with left, right, pytest.raises(OSError, match="101 bytes of at most 100") as caught:
+        left.send(bytes(101))
+    assert caught.value.errno == errno.EMSGSIZE
+
+
+def test_sizes_from_nothing_to_beyond_the_ring_between_processes(ends, forked):
+    left, right = ends
+    sizes = [*range(20), 4087, 4088, 4089, 8191, 8192, 100_000, 3, 1_000_001, 0]
+
+    def child(ready):
+        with right.claim():
+            for size in sizes:
+                assert right.recv(timeout=20) == random.Random(size).randbytes(size)
+                right.send(random.Random(-size).randbytes(size), timeout=20)
+
+    process = forked(child)
+    left.claim()
+    for size in sizes:
+        left.send(random.Random(size).randbytes(size), timeout=20)
+        assert left.recv(timeout=20) == random.Random(-size).randbytes(size)
+    assert process.wait() == 0
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def test_close_is_the_end_after_the_rest(ends):
+    left, right = ends
+    left.send(b"last")
+    left.close()
+    assert right.recv(timeout=0) == b"last"
+    for receive in (right.recv, lambda: right.recv(timeout=0), right.recv_many, right.peek):
+        with pytest.raises(EOFError, match="the sending side is closed") as caught:
+            receive()
+        assert type(caught.value) is EOFError
+    with pytest.raises(BrokenPipeError, match="send on channel of 8192 bytes") as broken:
+        right.send(b"x")
+    assert broken.value.errno == errno.EPIPE
+    assert list(right) == []
+
+
+def test_half_close(ends):
+    left, right = ends
+    left.send(b"question")
+    left.close_write()
+    with pytest.raises(BrokenPipeError):
+        left.send(b"x")
+    assert list(right) == [b"question"]
+    right.send(b"answer")
+    assert left.recv(timeout=5) == b"answer"
+    with pytest.raises(EOFError):
+        right.recv()
+
+
+def test_an_end_that_is_dropped_is_closed():
+    left, right = channel(8192)
+    right.send(b"x")
+    del right
+    gc.collect()
+    with left:
+        assert left.recv(timeout=0) == b"x"
+        with pytest.raises(EOFError):
+            left.recv()
+
+
+def test_closing_ends_what_other_threads_do(ends):
+    left, _ = ends
+    caught = []
+
+    def receive(verb):
+        try:
+            verb()
+        except Closed as error:
+            caught.append(str(error))
+
+    verbs = [left.recv, left.peek, lambda: left.recv_fds(1), lambda: left.send(bytes(1 << 20))]
+    threads = [threading.Thread(target=receive, args=[verb]) for verb in verbs]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: len(os.listdir("/proc/self/task")) >= 5)
+    left.close()
+    for thread in threads:
+        thread.join(20)
+    assert caught == ["channel of 8192 bytes is closed"] * 4
+
+
+def test_handing_an_end_on_does_not_end_it(ends, forked):
+    """As with multiprocessing.Pipe: the parent closes its copy of the child's end."""
+    left, right = ends
+
+    def child(ready):
+        assert right.recv(timeout=20) == b"work"
+        right.send(b"done")
+        right.close()
+        left.close()  # inherited, never used
+
+    process = forked(child)
+    right.close()
+    left.send(b"work")
+    assert left.recv(timeout=20) == b"done"
+    with pytest.raises(EOFError) as caught:
+        left.recv(timeout=20)
+    assert type(caught.value) is EOFError
+    assert process.wait() == 0
+
+
+def test_claiming_one_end_does_not_end_the_other_even_if_it_was_used(ends, forked):
+    left, right = ends
+    left.send(b"before the fork")
+    assert right.recv() == b"before the fork"
+
+    def child(ready):
+        with right.claim():
+            right.send(right.recv(timeout=20))
+
+    process = forked(child)
+    left.claim()
+    assert right.closed
+    left.send(b"echo")
+    assert left.recv(timeout=20) == b"echo"
+    assert process.wait() == 0
+    with pytest.raises(EOFError) as caught:
+        left.recv(timeout=20)
+    assert type(caught.value) is EOFError
+
+
+def test_an_end_that_two_processes_used_ends_with_the_last(ends, forked):
+    left, right = ends
+    right.send(b"parent")
+
+    def child(ready):
+        right.send(b"child")
+        left.close()
+        ready()
+        assert right.recv(timeout=20) == b"go on"
+        right.send(b"after the parent")
+        right.close()
+
+    process = forked(child)
+    process.wait_ready()
+    right.close()
+    left.send(b"go on")
+    assert [left.recv(timeout=20) for _ in range(3)] == [b"parent", b"child", b"after the parent"]
+    with pytest.raises(EOFError) as caught:
+        left.recv(timeout=20)
+    assert type(caught.value) is EOFError
+
+
+def test_claiming_a_closed_end_is_closed(ends):
+    ends[0].close()
+    with pytest.raises(Closed, match="channel of 8192 bytes is closed"):
+        ends[0].claim()
+
+
+# --- death ---------------------------------------------------------------------------------------
+
+
+def sleeping_child(forked, ends, before=lambda right: None):
+    """A child that has the right end and sleeps; killed with SIGKILL by who calls this."""
+    left, right = ends
+
+    def child(ready):
+        right.claim()
+        before(right)
+        ready()
+        time.sleep(60)
+
+    process = forked(child)
+    left.claim()
+    process.wait_ready()
+    return process
+
+
+VERBS = {
+    "recv": lambda end: end.recv(),
+    "recv_into": lambda end: end.recv_into(bytearray(10)),
+    "recv_many": lambda end: end.recv_many(),
+    "peek": lambda end: end.peek(),
+    "iteration": lambda end: next(iter(end)),
+    "recv_fds": lambda end: end.recv_fds(1),
+    "send": lambda end: end.send(bytes(4000)),
+    "send of a long one": lambda end: end.send(bytes(100_000)),
+    "send_many": lambda end: end.send_many([bytes(4000)]),
+    "reserve": lambda end: end.reserve(4000),
+    "arecv": lambda end: asyncio.run(end.arecv()),
+    "asend": lambda end: asyncio.run(end.asend(bytes(4000))),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS.keys())
+def test_a_killed_peer_ends_every_verb(ends, forked, verb):
+    left, _ = ends
+    child = sleeping_child(forked, ends)
+    with contextlib.suppress(TimeoutError):
+        while True:  # until there is no room
+            left.send(bytes(4000), timeout=0)
+    blocked = threading.Event()
+    caught = []
+
+    def call():
+        blocked.set()
+        try:
+            verb(left)
+        except Exception as error:
+            caught.append((time.monotonic(), error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    blocked.wait()
+    task = thread.native_id
+    eventually(lambda: Path(f"/proc/self/task/{task}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S")
+    assert not caught
+    killed = time.monotonic()
+    child.kill()
+    thread.join(20)
+    when, error = caught[0]
+    assert type(error) is PeerDied
+    assert "channel of 8192 bytes: the peer ended without closing" in str(error)
+    assert when - killed < 1
+
+
+def test_a_death_is_noticed_within_5_ms(ends, forked):
+    left, right = ends
+    left.close()
+    right.close()
+    times = []
+    for _ in range(10):
+        with contextlib.ExitStack() as both:
+            pair = [both.enter_context(end) for end in channel(8192)]
+            child = sleeping_child(forked, pair)
+            killer = threading.Timer(0.01, lambda c=child: (times.append(time.monotonic()), c.kill()))
+            killer.start()
+            with pytest.raises(PeerDied):
+                pair[0].recv()
+            times[-1] = time.monotonic() - times[-1]
+            killer.join()
+    assert min(times) < 0.005
+
+
+def test_what_was_sent_before_the_death_comes_first(ends, forked):
+    left, _ = ends
+    child = sleeping_child(forked, ends, lambda right: right.send_many([b"%d" % n for n in range(100)]))
+    child.kill()
+    child.wait()
+    assert [left.recv() for _ in range(50)] == [b"%d" % n for n in range(50)]
+    assert left.recv_many() == [b"%d" % n for n in range(50, 100)]
+    for receive in (lambda: left.recv(timeout=0), left.recv, lambda: list(left)):
+        with pytest.raises(PeerDied, match="recv on channel"):
+            receive()
+
+
+def test_after_the_death_sending_fails_too(ends, forked):
+    left, _ = ends
+    child = sleeping_child(forked, ends)
+    child.kill()
+    child.wait()
+    with pytest.raises(PeerDied):
+        left.recv(timeout=0)
+    for send in (lambda: left.send(b"x"), lambda: left.send_many([b"x"]), lambda: left.reserve(1)):
+        with pytest.raises(PeerDied, match="on channel of 8192 bytes: the peer ended without closing"):
+            send()
+    with pytest.raises(PeerDied, match="send_fds"):
+        left.send_fds([0])
+    with pytest.raises(PeerDied, match="recv_fds"):
+        left.recv_fds(1)
+
+
+def test_killed_amid_a_long_message(ends, forked):
+    left, right = ends
+
+    def child(ready):
+        right.claim()
+        ready()
+        right.send(bytes(1 << 20))
+
+    process = forked(child)
+    left.claim()
+    process.wait_ready()
+    eventually(lambda: left.stats().received.used > 4000 and is_asleep(process.pid))
+    process.kill()
+    with pytest.raises(PeerDied):
+        left.recv(timeout=20)
+
+
+def test_an_exit_without_closing_is_a_death(ends, forked):
+    left, right = ends
+    process = forked(lambda ready: right.send(b"x"))
+    right.close()
+    assert process.wait() == 0
+    assert left.recv() == b"x"
+    with pytest.raises(PeerDied):
+        left.recv()
+
+
+def test_a_death_before_the_first_use_is_one_too(ends, forked):
+    left, right = ends
+    process = forked(lambda ready: os._exit(3))
+    right.close()
+    assert process.wait() == 3
+    with pytest.raises(PeerDied):
+        left.recv(timeout=20)
+
+
+def test_a_death_is_not_seen_while_this_process_has_the_other_end_too(ends, forked):
+    left, right = ends
+    process = forked(lambda ready: right.send(b"x"))
+    assert process.wait() == 0
+    assert left.recv(timeout=5) == b"x"
+    with pytest.raises(TimeoutError):
+        left.recv(timeout=0.1)
+    left.claim()
+    with pytest.raises(PeerDied):
+        left.recv(timeout=20)
+
+
+def test_the_descriptor_tells_of_messages_and_of_the_end(ends, forked):
+    left, _ = ends
+
+    def readable(timeout=0):
+        return bool(select.select([left.fileno()], [], [], timeout)[0])
+
+    child = sleeping_child(forked, ends, lambda right: right.send_many([b"a", b"b"]))
+    assert readable(20)
+    left.recv()
+    assert readable(20)
+    left.recv()
+    assert not readable()
+    child.kill()
+    assert readable(20)
+    with pytest.raises(PeerDied):
+        left.recv(timeout=0)
+
+
+def test_asyncio_goes_on_while_it_waits_for_a_peer_that_dies(ends, forked):
+    left, _ = ends
+    child = sleeping_child(forked, ends)
+
+    async def both():
+        receiving = asyncio.create_task(left.arecv())
+        await asyncio.sleep(0.02)
+        assert not receiving.done()
+        child.kill()
+        with pytest.raises(PeerDied):
+            await receiving
+        with pytest.raises(PeerDied):
+            async for _ in left:
+                pass
+
+    asyncio.run(both())
+
+
+# --- both send at once ---------------------------------------------------------------------------
+
+
+def exchange(ends, forked, here, there):
+    """Each side sends its messages, then receives those of the other. The time it took."""
+    left, right = ends
+
+    def child(ready):
+        with right.claim():
+            for message in there:
+                right.send(message, timeout=50)
+            for message in here:
+                assert right.recv(timeout=50) == message
+
+    process = forked(child)
+    left.claim()
+    for message in here:
+        left.send(message, timeout=50)
+    for message in there:
+        assert left.recv(timeout=50) == message
+    assert process.wait(50) == 0
+
+
+def test_both_send_64_mib_at_once(forked):
+    size = 64 << 20
+    with contextlib.ExitStack() as both:
+        ends = [both.enter_context(end) for end in channel(max_message=size)]
+        exchange(ends, forked, [os.urandom(size)], [os.urandom(size)])
+
+
+def test_both_send_many_of_all_sizes_at_once(ends, forked):
+    def some(seed):
+        order = random.Random(seed)
+        return [order.randbytes(order.choice([0, 5, 100, 4000, 5000, 100_000])) for _ in range(200)]
+
+    exchange(ends, forked, some(1), some(2))
+
+
+def test_both_send_at_once_in_asyncio(ends, forked):
+    left, right = ends
+    size = 1 << 20
+
+    async def talk(end, mine, yours):
+        await end.asend(mine, timeout=50)
+        await end.asend(mine, timeout=50)
+        assert [await end.arecv(timeout=50), await end.arecv(timeout=50)] == [yours, yours]
+
+    def child(ready):
+        with right.claim():
+            asyncio.run(talk(right, b"r" * size, b"l" * size))
+
+    process = forked(child)
+    left.claim()
+    asyncio.run(talk(left, b"l" * size, b"r" * size))
+    assert process.wait(50) == 0
+
+
+def taken_in(ends, messages, limit=5000):
+    """The left end has taken in the messages, while it could not send one of its own."""
+    left, right = ends
+    right.send_many(messages)
+    with pytest.raises(TimeoutError):
+        left.send(bytes(limit), timeout=0.02)
+        left.send(bytes(limit), timeout=0.02)
+        left.send(bytes(limit), timeout=0.02)
+
+
+def test_what_was_taken_in_comes_in_order_by_every_verb(ends):
+    left, right = ends
+    taken_in(ends, [b"%d" % n for n in range(9)])
+    assert left.stats().inbox == 9
+    assert left.stats().received.messages == 0
+    right.send(b"9")
+    assert left.recv() == b"0"
+    buffer = bytearray(10)
+    assert left.recv_into(buffer) == 1
+    assert buffer[:1] == b"1"
+    with pytest.raises(OSError, match="1 bytes of at most 0 bytes"):
+        left.recv_into(bytearray(0))
+    assert bytes(left.peek()) == b"2"
+    left.keep()
+    assert bytes(left.peek()) == b"2"
+    left.release()
+    assert left.recv_many(2) == [b"3", b"4"]
+    assert asyncio.run(left.arecv()) == b"5"
+    assert left.recv_many() == [b"6", b"7", b"8", b"9"]
+    assert left.stats().inbox == 0
+
+
+def test_what_was_taken_in_makes_the_descriptor_readable(ends):
+    left, _ = ends
+    number = left.fileno()
+    taken_in(ends, [b"a", b"b"])
+    for expected in (b"a", b"b"):
+        assert select.select([number], [], [], 0)[0]
+        assert left.recv(timeout=0) == expected
+    assert not select.select([number], [], [], 0)[0]
+
+
+def test_the_inbox_is_bounded():
+    left, right = channel(8192, max_inbox=1000)
+    with left, right:
+        taken_in((left, right), [bytes(400)] * 10)
+        assert left.stats().inbox == 3  # 400 bytes and a little each: the third is the first beyond
+        assert left.recv_many() == [bytes(400)] * 10
+
+
+def test_without_an_inbox_nothing_is_taken_in():
+    left, right = channel(8192, max_inbox=0)
+    with left, right:
+        taken_in((left, right), [b"x"])
+        assert left.stats().inbox == 0
+
+
+def part_taken_in(ends, long):
+    """The right end is amid a long message, of which a send of the left end has taken in a part."""
+    left, right = ends
+    taken_in(ends, [])
+    assert right._send_some(long) is False  # the step of asend(): as much as there is room for
+    with pytest.raises(TimeoutError):
+        left.send(bytes(5000), timeout=0.02)
+    assert (left.stats().inbox, left.stats().received.used) == (1, 0)
+
+
+def rest_of(right, long):
+    while not right._send_some(long):
+        time.sleep(0.001)
+
+
+def test_a_part_of_a_long_message_is_gone_on_with_by_any_thread(ends):
+    left, right = ends
+    long = os.urandom(100_000)
+    thread = threading.Thread(target=part_taken_in, args=[ends, long])
+    thread.start()
+    thread.join()
+    with pytest.raises(OSError, match="100000 bytes of at most") as caught:
+        left.peek()
+    assert caught.value.errno == errno.EMSGSIZE
+    with pytest.raises(OSError, match="100000 bytes of at most 10 bytes"):
+        left.recv_into(bytearray(10))
+    with pytest.raises(TimeoutError):
+        left.recv(timeout=0)
+    thread = threading.Thread(target=rest_of, args=[right, long])
+    thread.start()
+    assert left.recv(timeout=20) == long
+    thread.join(20)
+    right.send(b"next")
+    assert left.recv(timeout=20) == b"next"
+
+
+def test_a_part_that_ran_out_of_time_comes_again(ends):
+    left, right = ends
+    long = os.urandom(100_000)
+    part_taken_in(ends, long)
+    with pytest.raises(TimeoutError):
+        left.recv(timeout=0.02)
+    thread = threading.Thread(target=rest_of, args=[right, long])
+    thread.start()
+    buffer = bytearray(200_000)
+    assert left.recv_into(buffer, timeout=20) == 100_000
+    thread.join(20)
+    assert buffer[:100_000] == long
+
+
+def test_asyncio_and_recv_many_go_on_with_a_part(ends):
+    left, right = ends
+    for receive in (lambda: asyncio.run(left.arecv(timeout=20)), lambda: left.recv_many(timeout=20)[0]):
+        long = os.urandom(100_000)
+        part_taken_in(ends, long)
+        thread = threading.Thread(target=rest_of, args=[right, long])
+        thread.start()
+        assert receive() == long
+        thread.join(20)
+        right.recv_many()  # make room: the next part begins with a full ring
+
+
+def test_a_part_whose_sender_died_is_a_death(ends, forked):
+    left, right = ends
+    taken_in(ends, [])
+
+    def child(ready):
+        right.claim()
+        assert right._send_some(bytes(100_000)) is False
+        ready()
+        time.sleep(60)
+
+    process = forked(child)
+    left.claim()
+    process.wait_ready()
+    with pytest.raises(TimeoutError):
+        left.send(bytes(5000), timeout=0.02)
+    assert left.stats().inbox == 1
+    process.kill()
+    process.wait()
+    with pytest.raises(PeerDied):
+        left.recv(timeout=0)
+    with pytest.raises(PeerDied):
+        left.recv()
+    assert left.stats().inbox == 0
+
+
+def test_a_thread_that_receives_is_not_robbed(ends):
+    left, right = ends
+    got = []
+    receiving = threading.Thread(target=lambda: got.extend(left.recv(timeout=20) for _ in range(500)))
+    receiving.start()
+
+    def drain():
+        for _ in range(300):
+            right.recv(timeout=20)
+
+    draining = threading.Thread(target=drain)
+    draining.start()
+    answering = threading.Thread(target=lambda: [right.send(b"%d" % n, timeout=20) for n in range(500)])
+    answering.start()
+    for _ in range(300):
+        left.send(bytes(4000), timeout=20)
+    for thread in (receiving, draining, answering):
+        thread.join(20)
+    assert got == [b"%d" % n for n in range(500)]
+
+
+# --- descriptors ---------------------------------------------------------------------------------
+
+
+def test_descriptors_with_data_and_without(ends, forked):
+    left, right = ends
+
+    def child(ready):
+        with right.claim():
+            data, (fd,) = right.recv_fds(1, timeout=20)
+            assert data == b"a pipe"
+            os.write(fd, b"through it")
+            os.close(fd)
+
+    process = forked(child)
+    left.claim()
+    reader, writer = os.pipe()
+    left.send_fds([writer], b"a pipe")
+    os.close(writer)
+    assert os.read(reader, 100) == b"through it"
+    os.close(reader)
+    assert process.wait() == 0
+    with pytest.raises(EOFError) as caught:
+        left.recv_fds(1, timeout=20)
+    assert type(caught.value) is EOFError
+    with pytest.raises(BrokenPipeError, match="send_fds on channel"):
+        left.send_fds([0])
+
+
+def test_descriptors_go_past_the_messages_and_wake_nobody(ends):
+    left, right = ends
+    left.send_fds([0])
+    left.send_fds([], b"nothing but data")
+    with pytest.raises(TimeoutError):
+        right.recv(timeout=0.05)
+    assert not select.select([right.fileno()], [], [], 0)[0]
+    data, (fd,) = right.recv_fds(5)
+    os.close(fd)
+    assert data == b""
+    assert right.recv_fds(5) == (b"nothing but data", [])
+    for timeout in (0, 0.07):
+        with pytest.raises(TimeoutError, match="recv_fds on channel") as caught:
+            right.recv_fds(1, timeout=timeout)
+        assert caught.value.errno == errno.ETIMEDOUT
+
+
+def test_surplus_descriptors_are_closed(ends):
+    left, right = ends
+    before = open_descriptors()
+    left.send_fds([0] * 253)
+    with pytest.raises(OSError, match="1 descriptors") as caught:
+        right.recv_fds(1)
+    assert caught.value.errno == errno.EMSGSIZE
+    assert open_descriptors() == before
+
+
+def test_what_cant_be_sent(ends):
+    left, _ = ends
+    with pytest.raises(ValueError, match="253 descriptors, not 254"):
+        left.send_fds([0] * 254)
+    with pytest.raises(OSError, match="65537 bytes of at most 65536") as caught:
+        left.send_fds([], bytes(65537))
+    assert caught.value.errno == errno.EMSGSIZE
+    with pytest.raises(OSError, match="send_fds") as caught:
+        left.send_fds([9999])
+    assert caught.value.errno == errno.EBADF
+    with pytest.raises(ValueError, match="-1"):
+        left.recv_fds(-1)
+    with pytest.raises(TimeoutError):
+        while True:
+            left.send_fds([], bytes(60000), timeout=0)
+    left.close()
+    with pytest.raises(Closed):
+        left.send_fds([0])
+    with pytest.raises(Closed):
+        left.recv_fds(1)
+    with pytest.raises(Closed):
+        left.peer  # noqa: B018
+
+
+# --- other ways to start a process ---------------------------------------------------------------
+
+
+def answer(end):
+    with end:
+        end.send(end.recv(timeout=20)[::-1])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing(method):
+    script = f"""
+import multiprocessing, test_channel
+from ipckit import PeerDied
+from ipckit.channel import channel
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    left, right = channel(8192)
+    child = context.Process(target=test_channel.answer, args=[right])
+    child.start()
+    right.close()
+    left.send(b"abc")
+    assert left.recv(timeout=20) == b"cba"
+    try:
+        left.recv(timeout=20)
+    except EOFError as error:
+        print(type(error).__name__)
+    child.join()
+"""
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, env=environ
+    )
+    assert done.stdout == "EOFError\n", done.stderr
+
+
+def test_elsewhere_it_cant_be_pickled(ends):
+    with pytest.raises(TypeError, match="channel of 8192 bytes can be pickled only for a process"):
+        pickle.dumps(ends[0])
