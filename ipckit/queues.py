@@ -485,9 +485,8 @@ class Queue(QueueEnds, Ends):
             return _reopened, (type(self), self.name, self._birth, self._codec, self.max_message)
         from multiprocessing import context
 
-        if (
-            context.get_spawning_popen() is None
-        ):  # else each descriptor would start a thread that hands it out
+        # Anywhere else each descriptor would start a thread that hands it out.
+        if context.get_spawning_popen() is None:
             raise TypeError(
                 f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
                 "give it a name with Queue.open()"
