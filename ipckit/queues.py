@@ -193,15 +193,19 @@ class Queue(QueueEnds, Ends):
             attached(self._attach(view, view, limit), self._what)
         except BaseException:
             _close(bells)
+            self._table = None
             memory.close(defer=True)
             raise
         self._set_bells(*bells, *bells, -1)
         self._set_codec(*functions)
-        self._set_place(0, _PRODUCER | _CONSUMER)
+        self._show()
         _queues.add(self)
 
     def _shared(self) -> Any:
-        return ffi.cast("ik_queue_table *", self._table)
+        table = self._table
+        if table is None:
+            raise Closed(f"{self._what} is closed")
+        return ffi.cast("ik_queue_table *", table)
 
     @property
     def maxsize(self) -> int:
@@ -224,10 +228,13 @@ class Queue(QueueEnds, Ends):
             else:
                 check(self._locked(lib.ik_queue_play, self._place, roles), f"table of {self._what}")
             self._roles |= roles
-            doing = lib.ik_queue_doing_of(self._shared(), self._place)
-            missing = (_PRODUCER | _CONSUMER) & ~self._roles
-            self._set_place(int(ffi.cast("uintptr_t", doing)), missing)
+            self._show(lib.ik_queue_doing_of(self._shared(), self._place))
         _leave_at_exit()
+
+    def _show(self, doing: Any = ffi.NULL) -> None:
+        """Tell the C calls where in the table they show what they do, and what they have to ask for first."""
+        table, place = (int(ffi.cast("uintptr_t", pointer)) for pointer in (self._shared(), doing))
+        self._set_place(table, place, (_PRODUCER | _CONSUMER) & ~self._roles)
 
     def _joined(self, roles: int) -> int:
         myself = registry._myself()
@@ -243,7 +250,7 @@ class Queue(QueueEnds, Ends):
             place, self._place, self._roles = self._place, None, 0
             if place is None:
                 return
-            self._set_place(0, _PRODUCER | _CONSUMER)
+            self._show()
             self._locked(lib.ik_queue_leave, place)
             lib.ik_ring_wake(self._ring(SEND), RECV)
 
@@ -252,7 +259,7 @@ class Queue(QueueEnds, Ends):
         self._guard = threading.Lock()
         self._place, self._roles = None, 0
         if not self.closed:
-            self._set_place(0, _PRODUCER | _CONSUMER)
+            self._show()
 
     def _places(self) -> "Iterator[tuple[int, Any]]":
         index = 0
@@ -291,8 +298,8 @@ class Queue(QueueEnds, Ends):
         return ring_stats(self._ring(RECV)).used == 0
 
     def _lull(self, verb: str) -> None:
-        """Called after each slice of a wait, from C."""
-        if verb in ("recv", "peek", "arecv") and self._is_over():
+        """Called now and then while a receive waits, from C: is this the end?"""
+        if self._is_over():
             self._end(verb)
 
     def _end(self, verb: str) -> NoReturn:
@@ -309,7 +316,8 @@ class Queue(QueueEnds, Ends):
         super()._fail(rc, verb, size, limit)
 
     async def _rung(self, bell: int, end: int, verb: str) -> None:
-        self._lull(verb)
+        if verb == "arecv":
+            self._lull(verb)
         await super()._rung(bell, end, verb)
 
     # --- what the standard library's queues have -------------------------------------------------
@@ -439,6 +447,7 @@ class Queue(QueueEnds, Ends):
         if self.closed:
             return
         self._leave()
+        self._table = None  # it holds the memory
         super().close()
         if self._member is not None:
             self._member.leave()
@@ -478,6 +487,14 @@ class Queue(QueueEnds, Ends):
             raise Closed(f"{self._what} is closed")
         if self.name is not None:
             return _reopened, (type(self), self.name, self._birth, self._codec, self.max_message)
+        from multiprocessing import context
+
+        # Anywhere else each descriptor would start a thread that hands it out.
+        if context.get_spawning_popen() is None:
+            raise TypeError(
+                f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
+                "give it a name with Queue.open()"
+            )
         bells = tuple(sendable(self._bell(side)) for side in (RECV, SEND))
         return _inherited, (type(self), self._memory, self._codec, self.max_message, *bells)
 

@@ -59,7 +59,7 @@ def test_killed_after_every_instruction():
 
 def test_killed_again_and_again_under_load():
     kills = slice_of(10_000, 500)
-    output = finish(start(PROGRAMS / "killloop", "-k", kills, "-s", os.environ.get("SEED", 1)))
+    output = finish(start(PROGRAMS / "killloop", "-k", kills, "-s", os.environ.get("SEED", "1")))
     assert number_of("kills,", output) == kills
 
 
