@@ -19,7 +19,7 @@ CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof proofs asan tsan fuzz mutants bench-server bench-streams bench-objects bench-sync ctest csrc cbench cpeers lint format docs matrix clean
+.PHONY: demo test proof proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects bench-sync ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	$(BIN)/ipckit demo
@@ -104,6 +104,14 @@ proofs: $(PROOFS:%=build/proof/%)
 FUZZ_SECONDS = 60
 fuzz: proofs
 	IPCKIT_PROOF=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/proof/test_engine.py -k fuzz
+
+MODEL = -DSENDERS=2 -DMESSAGES=1
+model:
+	@mkdir -p build/model
+	cd build/model && spin $(MODEL) -a ../../tests/proof/ring.pml
+	cd build/model && $(CC) -O2 -w -DSAFETY -DCOLLAPSE -o pan pan.c
+	cd build/model && ./pan -m400000 -n | tee pan.txt
+	@grep -q 'errors: 0' build/model/pan.txt && ! grep -q 'not completed' build/model/pan.txt
 
 mutants: $(VENV)/.built-dev
 	$(BIN)/python tests/proof/mutants.py
