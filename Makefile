@@ -87,8 +87,8 @@ tsan:
 # the kill points; scribble the sanitizers; the fuzz targets need clang, and are skipped without it.
 ENGINE = csrc/ring.c csrc/lock.c csrc/wait.c
 PROOF_FLAGS = -std=gnu11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -Icsrc
-PROOFS = stepkill killloop scribble $(if $(shell command -v clang),fuzz_attach fuzz_recv)
-build/proof/stepkill: PROOF_FLAGS += -static
+PROOFS = stepkill stepspoil killloop scribble $(if $(shell command -v clang),fuzz_attach fuzz_recv)
+build/proof/stepkill build/proof/stepspoil: PROOF_FLAGS += -static
 build/proof/killloop: PROOF_FLAGS += -DIK_KILLPOINTS
 build/proof/scribble: PROOF_FLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 build/proof/fuzz_%: PROOF_FLAGS += -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all

@@ -37,7 +37,11 @@ NEEDS = {FUZZ: "clang", MODEL: "spin"}
 MUTANTS = [
     Mutant("lock not robust", LOCK, "PTHREAD_MUTEX_ROBUST)", "PTHREAD_MUTEX_STALLED)", f"{STEP} lock"),
     Mutant(
-        "forget consistent()", LOCK, "pthread_mutex_consistent(&lock->mutex);", "(void)lock;", f"{STEP} repair"
+        "forget consistent()",
+        LOCK,
+        "pthread_mutex_consistent(&lock->mutex);",
+        "(void)lock;",
+        f"{STEP} repair",
     ),
     Mutant("a death is not told", LOCK, "return 1;\n", "return 0;\n", f"{UNIT} death"),
     Mutant(
@@ -89,8 +93,16 @@ MUTANTS = [
         "uint64_t tail = __atomic_load_n(&ring->shared->lines[IK_RING_SEND].index, __ATOMIC_RELAXED);\n    if",
         "make tsan",
     ),
-    Mutant("magic first", RING, "    shared->capacity = capacity;\n", "    shared->magic = MAGIC;\n", f"{STEP} create"),
-    Mutant("no check of the capacity", RING, "(capacity & (capacity - 1)) == 0 && ", "", f"{UNIT} spoilt_header"),
+    Mutant(
+        "magic first",
+        RING,
+        "    shared->capacity = capacity;\n",
+        "    shared->magic = MAGIC;\n",
+        f"{STEP} create",
+    ),
+    Mutant(
+        "no check of the capacity", RING, "(capacity & (capacity - 1)) == 0 && ", "", f"{UNIT} spoilt_header"
+    ),
     Mutant(
         "no bound of a record",
         RING,
@@ -105,7 +117,21 @@ MUTANTS = [
         "if ((int64_t)(end->seen - end->at) > 0)",
         f"{UNIT} a_spoilt_index",
     ),
-    Mutant("a gap of any size", RING, "if (kind == GAP && size != ring->capacity - offset)", "if (0)", f"{UNIT} spoilt"),
+    Mutant(
+        "a gap of any size",
+        RING,
+        "if (kind == GAP && size != ring->capacity - offset)",
+        "if (0)",
+        f"{UNIT} spoilt",
+    ),
+    Mutant(
+        "a length read twice",
+        RING,
+        "    *ret_len = len;\n    *ret_id =",
+        "    *ret_len = load((const uint64_t *)(ring->data + offset)) & (((uint64_t)1 << LENGTH_BITS) - 1);\n"
+        "    *ret_id =",
+        "build/proof/stepspoil",
+    ),
     Mutant(
         "a piece longer than the buffer",
         RING,
@@ -120,7 +146,13 @@ MUTANTS = [
         "    {\n",
         f"{UNIT} the_end_may_be_shut",
     ),
-    Mutant("staged before is not counted", RING, "staged++;\n    if (taken", "staged = 1;\n    if (taken", f"{UNIT} staged"),
+    Mutant(
+        "staged before is not counted",
+        RING,
+        "staged++;\n    if (taken",
+        "staged = 1;\n    if (taken",
+        f"{UNIT} staged",
+    ),
     Mutant(
         "a receiver's death loses a long message",
         RING,
@@ -135,7 +167,13 @@ MUTANTS = [
         "    return change_stream(ring, id, SENDING, REWIND) || change_stream(ring, id, TAKEN, REWIND) ||",
         f"{UNIT} never_twice",
     ),
-    Mutant("a sender's death in a long message", RING, "        drop_stream(ring);\n    ik_ring_wake(ring, !side);", "    ik_ring_wake(ring, !side);", LOOP),
+    Mutant(
+        "a sender's death in a long message",
+        RING,
+        "        drop_stream(ring);\n    ik_ring_wake(ring, !side);",
+        "    ik_ring_wake(ring, !side);",
+        LOOP,
+    ),
     Mutant(
         "the slice of ever is a time-out",
         WAIT,
@@ -143,7 +181,13 @@ MUTANTS = [
         "deadline_ns == IK_FOREVER ? IK_SLICE",
         f"{UNIT} gives_up",
     ),
-    Mutant("the limit of messages is off by one", RING, "received < ring->max_messages", "received <= ring->max_messages", f"{UNIT} limited"),
+    Mutant(
+        "the limit of messages is off by one",
+        RING,
+        "received < ring->max_messages",
+        "received <= ring->max_messages",
+        f"{UNIT} limited",
+    ),
     Mutant(
         "a sleeper's announcement is lost",
         "tests/proof/ring.pml",
@@ -151,7 +195,13 @@ MUTANTS = [
         ":: true -> sleepers",
         MODEL,
     ),
-    Mutant("a fork waits for the parent's thread", RING, "found == 0 || is_left_behind(found)", "found == 0", f"{UNIT} of_the_parent"),
+    Mutant(
+        "a fork waits for the parent's thread",
+        RING,
+        "found == 0 || is_left_behind(found)",
+        "found == 0",
+        f"{UNIT} of_the_parent",
+    ),
 ]
 
 
@@ -185,7 +235,9 @@ def run(tree: Path, command: str) -> int | None:
 def build(tree: Path, mutant: Mutant) -> None:
     program = mutant.caught_by.split()[0]
     if program != "make":
-        subprocess.run(["make", "-s", "SANITIZE=-Wno-error", program], cwd=tree, check=True, capture_output=True)
+        subprocess.run(
+            ["make", "-s", "SANITIZE=-Wno-error", program], cwd=tree, check=True, capture_output=True
+        )
 
 
 def is_caught(tree: Path, mutant: Mutant) -> bool:
@@ -206,6 +258,8 @@ def main() -> None:
     caught = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_of_tree(folder)
+        for target in sorted({mutant.caught_by for mutant in chosen if mutant.caught_by.startswith("make")}):
+            assert run(tree, target) == 0, f"{target} fails without any mutant"
         for mutant in chosen:
             found = is_caught(tree, mutant)
             caught += found

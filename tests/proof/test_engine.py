@@ -16,6 +16,7 @@ import pytest
 WHOLE = os.environ.get("IPCKIT_PROOF") == "1"
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "build" / "proof"
+TELLS = re.compile("(stepkill|stepspoil|killloop|scribble|mutants|LIVES|skipped|multiprocessing|.* flags )")
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1500 if WHOLE else 120)]
 
@@ -35,7 +36,7 @@ def finish(process):
     if process.returncode == 77:
         pytest.skip(output.strip())
     assert process.returncode == 0, output[-4000:]
-    print("\n" + output.strip())
+    print("\n" + "\n".join(line for line in output.splitlines() if TELLS.match(line)))
     return output
 
 
@@ -72,15 +73,20 @@ def test_the_same_load_on_the_queue_of_multiprocessing():
 
 
 def test_everything_rewritten_by_another_process():
-    for seed in range(slice_of(6, 1)):
+    for seed in range(slice_of(4, 1)):
         finish(start(PROGRAMS / "scribble", "-t", slice_of(10, 3), "-s", seed + 1))
+
+
+@pytest.mark.skipif(not WHOLE, reason="make proof only")
+def test_spoilt_after_every_instruction():
+    finish(start(PROGRAMS / "stepspoil", 2))
 
 
 @pytest.mark.parametrize("target", ["fuzz_attach", "fuzz_recv"])
 def test_fuzz(target, tmp_path):
     if not (PROGRAMS / target).exists():
         pytest.skip("no clang: the fuzz targets were not built")
-    seconds = os.environ.get("FUZZ_SECONDS", slice_of(60, 4))
+    seconds = os.environ.get("FUZZ_SECONDS", slice_of(30, 4))
     options = [f"-max_total_time={seconds}", "-timeout=5", "-max_len=1200", "-verbosity=0"]
     output = finish(
         start(PROGRAMS / target, *options, "-print_final_stats=1", cwd=tmp_path, stdout=subprocess.PIPE)
