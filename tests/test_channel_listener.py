@@ -903,6 +903,8 @@ def hostile(kind):
 KINDS = ["noise", "noise", "noise", "bells", "broken bells", send_crumbs, toggle, ask_again, begin_again]
 
 
+@pytest.mark.proof
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: getattr(kind, "__name__", kind))
 def test_a_peer_that_writes_into_the_memory(listener, forked, kind):
     """Each call ends in time; what it says is one of a few things."""
