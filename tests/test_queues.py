@@ -1357,3 +1357,11 @@ def test_no_room_for_it_leaves_nothing(forked):
         assert files("queue", "bell") == []
 
     assert forked(child).wait() == 0
+
+
+def test_the_example():
+    done = run(Path(__file__).parent.parent / "examples/work_queue.py")
+    assert (done.stderr, done.stdout.splitlines()) == (
+        "",
+        ["[(0, 0), (1, 1), (2, 4), (3, 9), (4, 16), (5, 25)]", "1 worker died; 0 tasks are left"],
+    )
