@@ -19,12 +19,13 @@ CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof asan tsan bench-server bench-streams bench-objects bench-sync ctest csrc cbench cpeers lint format docs matrix clean
+.PHONY: demo test proof proofs asan tsan fuzz mutants bench-server bench-streams bench-objects bench-sync bench-engine \
+  ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	$(BIN)/ipckit demo
 
-test: $(VENV)/.built-dev ctest cbench cpeers
+test: $(VENV)/.built-dev ctest cbench cpeers proofs
 	$(BIN)/python -m pytest -q $(PYTEST)
 
 # --- the environment: one stamp for what a user needs, one for what a developer needs
@@ -83,9 +84,39 @@ tsan:
 	  TSAN_OPTIONS=halt_on_error=1 build/tsan/tests/test_$$room threads || exit 1; \
 	done
 
+# The proofs in C: stepkill steps through whole functions, so nothing of it is bound late; killloop has
+# the kill points; scribble the sanitizers; the fuzz targets need clang, and are skipped without it.
+ENGINE = csrc/ring.c csrc/lock.c csrc/wait.c
+PROOF_FLAGS = -std=gnu11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -Icsrc
+PROOFS = stepkill killloop scribble $(if $(shell command -v clang),fuzz_attach fuzz_recv)
+build/proof/stepkill: PROOF_FLAGS += -static
+build/proof/killloop: PROOF_FLAGS += -DIK_KILLPOINTS
+build/proof/scribble: PROOF_FLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+build/proof/fuzz_%: PROOF_FLAGS += -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+build/proof/fuzz_%: PROOF_CC = clang
+PROOF_CC = $(CC)
+
+build/proof/%: tests/proof/%.c $(ENGINE) $(HEADERS)
+	@mkdir -p $(@D)
+	$(PROOF_CC) $(PROOF_FLAGS) -o $@ $< $(ENGINE) -pthread
+
+proofs: $(PROOFS:%=build/proof/%)
+
+FUZZ_SECONDS = 60
+fuzz: proofs
+	IPCKIT_PROOF=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/proof/test_engine.py -k fuzz
+
+mutants: $(VENV)/.built-dev
+	$(BIN)/python tests/proof/mutants.py
+
 build/bench/%: bench/c/%.c
 	@mkdir -p $(@D)
 	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -o $@ $< -pthread
+
+# The one that measures our own C.
+build/bench/engine: bench/c/engine.c build/libipckit.a
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) -o $@ $< build/libipckit.a -pthread
 
 cbench: $(CBENCH)
 
@@ -107,11 +138,19 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c tests/proof/*.c $(wildcard bench/c/*.c)
 
-proof: $(VENV)/.built-dev ctest cpeers
+proof: $(VENV)/.built-dev ctest cpeers proofs
 	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s -m proof $(PYTEST)
 
 bench-server bench-streams bench-objects bench-sync: bench-%: $(VENV)/.built-dev cbench
 	$(BIN)/python bench/bench_$*.py $(BENCH)
+
+# The peers one by one, so that what does not install here is named and left out.
+$(VENV)/.bench: $(VENV)/.built-dev
+	$(BIN)/python bench/install_peers.py
+	touch $@
+
+bench-engine: $(VENV)/.bench cbench
+	$(BIN)/python bench/bench_engine.py $(BENCH)
 
 matrix:
 	@for python in $$(.ci/pythons); do \

@@ -304,8 +304,8 @@ static int send_waiting(ends_object *ends, const void *data, uint64_t len, doubl
             WITHOUT_GIL(ends,
                         rc = ik_ring_send(&ends->rings[SEND], &progress, data, len, deadline_ns));
     } while (rc == -EINTR && !PyErr_Occurred() && look_around(ends, NULL));
-    if (rc < 0)
-        ik_ring_give_up(&ends->rings[SEND], SEND, &progress);
+    if (rc < 0 && ik_ring_give_up(&ends->rings[SEND], SEND, &progress) && !PyErr_Occurred())
+        rc = 0; /* it was received at the last moment */
     unuse_waiting(ends);
     return rc;
 }

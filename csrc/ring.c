@@ -24,7 +24,7 @@ typedef struct line {
     _Alignas(128) uint64_t index; /* bytes since the beginning; the commit */
     uint64_t counts[2];           /* messages, high half, up to the index / 8 of the low half */
     uint32_t stream;              /* of the senders: id and state of the newest long message */
-    uint32_t waiting;             /* somebody of the other side SLEEPS on the index or LISTENS */
+    uint32_t waiting; /* somebody of the other side SLEEPS on this, for the index, or LISTENS */
 } line;
 
 struct ik_ring_shared {
@@ -170,7 +170,7 @@ static void wake(ik_ring *ring, int side, int sleepers) {
     uint32_t waiting = __atomic_exchange_n(&other->waiting, 0, __ATOMIC_RELAXED);
     IK_KILLPOINT("ring.waking");
     if (waiting & SLEEPS)
-        ik_wake_word(word_of(other), sleepers);
+        ik_wake_word(&other->waiting, sleepers);
     if (waiting & LISTENS)
         ring_bell(ring->ends[side].bell);
 }
@@ -229,14 +229,17 @@ static bool is_closed(const ik_ring *ring, int side) {
     return __atomic_load_n(&ring->shared->closed[side], __ATOMIC_ACQUIRE) != 0;
 }
 
-/* Announce that the side waits for the other's index. True if that still is seen. */
-static bool announce(ik_ring *ring, int side, enum waiting how, uint32_t seen) {
+/* Announce that the side waits for the other's index. 0 if that is not what was seen any more, else
+ * the word to sleep on: who is slow to look for sleepers after an earlier commit may take the
+ * announcement back, and then one must not fall asleep. */
+static uint32_t announce(ik_ring *ring, int side, enum waiting how, uint32_t seen) {
     line *other = &ring->shared->lines[!side];
-    __atomic_fetch_or(&other->waiting, how, __ATOMIC_RELAXED);
+    uint32_t waiting = __atomic_fetch_or(&other->waiting, how, __ATOMIC_RELAXED) | how;
     /* Our store of waiting must be seen before our load of the index; in commit() the store of the
      * index before the load of waiting. So one of the two sees the other's. */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
-    return __atomic_load_n(word_of(other), __ATOMIC_RELAXED) == seen && !is_closed(ring, !side);
+    bool waits = __atomic_load_n(word_of(other), __ATOMIC_RELAXED) == seen;
+    return waits && !is_closed(ring, !side) ? waiting : 0;
 }
 
 /* Wait until the other's index is not what was seen. 0, or -ETIMEDOUT, -EINTR, -ECONNRESET. */
@@ -247,11 +250,12 @@ static int wait_for_other(ik_ring *ring, int side, uint32_t seen, int64_t deadli
     if (ik_wait_spin(word_of(other), seen, &ring->ends[side].other))
         return 0;
     bool in_poll = ring->life >= 0;
-    if (!announce(ring, side, in_poll ? LISTENS : SLEEPS, seen))
+    uint32_t waiting = announce(ring, side, in_poll ? LISTENS : SLEEPS, seen);
+    if (!waiting)
         return 0;
     IK_KILLPOINT("ring.asleep");
     int rc = in_poll ? sleep_in_poll(ring, side, -1, deadline_ns)
-                     : ik_wait_word(word_of(other), seen, deadline_ns);
+                     : ik_wait_word(&other->waiting, waiting, deadline_ns);
     if (rc == 0 && is_locked(ring, side)) /* woken alone: the others may still be asleep */
         __atomic_fetch_or(&other->waiting, SLEEPS, __ATOMIC_RELAXED);
     bool did_more =

@@ -75,12 +75,11 @@ static int slot; /* of this process */
 /* --- kill points ----------------------------------------------------------------------------- */
 
 static void die_here(int place) {
-    int expected = place;
+    int expected = place, then = place < MENDED ? world->then : NOWHERE;
     if (__atomic_fetch_sub(&world->skip, 1, __ATOMIC_RELAXED) > 0 ||
-        !__atomic_compare_exchange_n(&world->armed, &expected, world->then, false, __ATOMIC_SEQ_CST,
+        !__atomic_compare_exchange_n(&world->armed, &expected, then, false, __ATOMIC_SEQ_CST,
                                      __ATOMIC_SEQ_CST))
         return;
-    world->then = NOWHERE;
     world->hits[place]++;
     world->killed_at = ik_wait_now();
     __atomic_fetch_sub(&world->to_die, 1, __ATOMIC_RELEASE);
@@ -252,7 +251,7 @@ static void receive_messages(void) {
 /* --- the killer ------------------------------------------------------------------------------ */
 
 static struct ledger {
-    long kills, hung, excused, naughts_excused;
+    long kills, hung, crashed, naughts_excused;
     uint64_t naughts[4], naughts_received;
     int64_t *recoveries;
 } ledger;
@@ -262,6 +261,10 @@ static void start(int place) {
     uint64_t seed = chance + (uint64_t)random_below(1 << 30) + 1;
     fflush(stdout);
     pid_t pid = fork();
+    if (pid < 0) {
+        perror("killloop: fork");
+        exit(1);
+    }
     if (pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         slot = place;
@@ -292,13 +295,20 @@ static void bury(int place) {
     dead->hands = EMPTY;
 }
 
+static bool has_ended(int place) {
+    int status;
+    if (waitpid(pids[place], &status, WNOHANG) != pids[place])
+        return false;
+    ledger.crashed += WIFSIGNALED(status) ? WTERMSIG(status) != SIGKILL : WEXITSTATUS(status) != 0;
+    bury(place);
+    return true;
+}
+
 /* Who was killed, and senders that have sent their share. */
 static void replace_who_ended(void) {
     for (int place = 0; place < WORKERS; place++)
-        if (waitpid(pids[place], NULL, WNOHANG) == pids[place]) {
-            bury(place);
+        if (has_ended(place))
             start(place);
-        }
 }
 
 /* Wait, at most so long of this process's own running: gaps of the whole machine's do not count. */
@@ -316,6 +326,7 @@ static bool within(bool (*happened)(void), int64_t limit) {
 }
 
 static bool delivered_since(void) {
+    replace_who_ended(); /* also who was still dying when it was looked at last */
     return __atomic_load_n(&world->delivered_at, __ATOMIC_ACQUIRE) > world->killed_at;
 }
 
@@ -359,10 +370,8 @@ static bool kill_one(long number) {
 
 static bool all_ended(void) {
     for (int place = 0; place < WORKERS; place++)
-        if (pids[place] && waitpid(pids[place], NULL, WNOHANG) == pids[place]) {
+        if (pids[place] && has_ended(place))
             pids[place] = 0;
-            bury(place);
-        }
     for (int place = world->stopping == 1 ? 0 : SENDERS; place < WORKERS; place++)
         if (pids[place] && (world->stopping > 1 || place < SENDERS))
             return false;
@@ -431,11 +440,11 @@ static int report(bool ended) {
     qsort(r, (size_t)ledger.kills, sizeof *r, by_size);
     printf(
         "killloop: %ld kills, %llu received, %llu lost, %u torn, %llu doubled, %ld hung, %u "
-        "reordered, %u invented, %llu refused but received, %u odd errors; %llu were in the hands "
-        "of killed receivers\n",
+        "reordered, %u invented, %llu refused but received, %u odd errors, %ld crashed; %llu were "
+        "in the hands of killed receivers\n",
         ledger.kills, (unsigned long long)v.received, (unsigned long long)v.lost, world->torn,
         (unsigned long long)v.doubled, ledger.hung + !ended, world->reordered, world->invented,
-        (unsigned long long)v.refused, world->odd, (unsigned long long)v.excused);
+        (unsigned long long)v.refused, world->odd, ledger.crashed, (unsigned long long)v.excused);
     printf("killloop: kill to next delivery p50 %.2f ms, p99 %.2f ms, worst %.2f ms; %u and %u "
            "recoveries\n",
            (double)r[ledger.kills / 2] / 1e6, (double)r[ledger.kills * 99 / 100] / 1e6,
@@ -446,7 +455,8 @@ static int report(bool ended) {
         printf("killloop: %u sent, %u received, %d bytes left\n", stats.sent, stats.received,
                (int)stats.used);
     return ended && hit && counted && !ledger.hung && !v.lost && !v.doubled && !v.refused &&
-                   !world->torn && !world->invented && !world->reordered && !world->odd
+                   !world->torn && !ledger.crashed && !world->invented && !world->reordered &&
+                   !world->odd
                ? 0
                : 1;
 }

@@ -2,7 +2,7 @@
  *
  * Kill a process after n instructions of an operation, for every n, and see what the others find.
  *
- *     stepkill [-e every] [operation]
+ *     stepkill [-e every] [-p part -n parts] [operation]
  *
  * The victim runs between two traps, one instruction at a time (ptrace), and is killed by SIGKILL.
  * Its peer sleeps at the other end, as a process of its own, and a second process of the victim's
@@ -674,12 +674,12 @@ int main(int argc, char **argv) {
     puts("stepkill: skipped, it knows the traps of x86-64 only");
     return 77;
 #endif
-    int every = 0, option;
-    while ((option = getopt(argc, argv, "e:")) == 'e')
-        every = atoi(optarg);
+    int every = 0, part = 0, parts = 1, option;
+    while ((option = getopt(argc, argv, "e:p:n:")) != -1)
+        *(option == 'e' ? &every : option == 'p' ? &part : &parts) = atoi(optarg);
     world = mmap(NULL, sizeof *world, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     stay_on_one_processor();
-    for (size_t i = 0; i < sizeof operations / sizeof *operations; i++) {
+    for (size_t i = (size_t)part; i < sizeof operations / sizeof *operations; i += (size_t)parts) {
         if (optind < argc && !strstr(operations[i].name, argv[optind]))
             continue;
         if (!run_both(&operations[i], every)) {
