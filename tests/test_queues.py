@@ -87,6 +87,10 @@ def is_waiting(queue, process, doing):
     return one is not None and one.waiting and one.doing == doing
 
 
+def sleeps(process):
+    return "futex" in Path(f"/proc/{process.pid}/wchan").read_text()
+
+
 class Fails:
     """Can't be pickled, or can't be unpickled."""
 
@@ -816,7 +820,8 @@ def test_killed_inside_get_of_a_long_message(raw, forked):
     producer.kill(signal.SIGSTOP)
     eventually(lambda: ") T " in Path(f"/proc/{producer.pid}/stat").read_text())
     consumer = forked(lambda ready: raw.get())
-    eventually(lambda: raw.stats().receiver == (consumer.pid, consumer.pid) and raw.stats().used == 0)
+    # Asleep with the lock: so it is amid the message, however much of that it has taken.
+    eventually(lambda: sleeps(consumer) and raw.stats().receiver == (consumer.pid, consumer.pid))
     consumer.kill()
     consumer.wait()
     producer.kill(signal.SIGCONT)
@@ -950,7 +955,7 @@ def test_ctrl_c_ends_join(forked):
 
         process = forked(child)
         process.wait_ready()
-        eventually(lambda: "futex" in Path(f"/proc/{process.pid}/wchan").read_text())
+        eventually(lambda: sleeps(process))
         process.kill(signal.SIGINT)
         assert process.wait(10) == 5
 
