@@ -148,8 +148,9 @@ class Queue(QueueEnds, Ends):
     Args: maxsize: objects that it holds at most; 0 for as many as there is room for. capacity: bytes,
         rounded up to a power of two; each message takes its own, rounded up to 8, and 8. A message of
         more than half of it goes through in pieces while both sides work. codec: "pickle"; "bytes" for
-        messages that are bytes-like as they are; or an object with dumps() and loads().
-        max_message: bytes; larger ones are refused.
+        messages that are bytes-like as they are; or an object with dumps() and loads(). role: this
+        process takes part as that from now on, and not from its first call on: a "producer" keeps the
+        queue from its end while there are no others. max_message: bytes; larger ones are refused.
     Raises: ValueError for sizes out of range or another codec; OSError ENOMEM, EMFILE, ENFILE.
     Fork: the child has it too. Pickle: to children of multiprocessing as they start. Threads: any number.
     """
@@ -169,21 +170,23 @@ class Queue(QueueEnds, Ends):
         *,
         capacity: int = DEFAULT_CAPACITY,
         codec: "Literal['bytes', 'pickle'] | Codec" = "pickle",
+        role: "Literal['producer', 'consumer'] | None" = None,
         max_message: int = DEFAULT_MAX_MESSAGE,
     ) -> None:
         size = _TABLE + memory_size(capacity)
-        functions = _functions_of(codec)
+        functions, roles = _functions_of(codec), _roles_of(role)
         check_limit(max_message)
         memory = SharedMemory(size)
         _format(memory.buf, maxsize)
         self._what = f"queue of {memory_size(capacity) - lib.IK_RING_HEADER} bytes"
         self._use(memory, codec, functions, max_message, new_bells())
+        self._take_part_as(roles)
 
     def _use(
         self, memory: Mapping, codec: Any, functions: "tuple[Any, Any]", limit: int, bells: "tuple[int, int]"
     ) -> None:
         """Take all of them over."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._memory, self._codec = memory, codec
         self._table = ffi.from_buffer("ik_queue_place *", memory.buf, require_writable=True)
         try:
@@ -231,6 +234,10 @@ class Queue(QueueEnds, Ends):
             self._show(lib.ik_queue_doing_of(self._shared(), self._place))
         _leave_at_exit()
 
+    def _take_part_as(self, roles: int) -> None:
+        if roles:
+            self._take_part(roles)
+
     def _show(self, doing: Any = ffi.NULL) -> None:
         """Tell the C calls where in the table they show what they do, and what they have to ask for first."""
         table, place = (int(ffi.cast("uintptr_t", pointer)) for pointer in (self._shared(), doing))
@@ -256,7 +263,7 @@ class Queue(QueueEnds, Ends):
 
     def _forget_place(self) -> None:
         """In a child after fork: the place is the parent's."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._place, self._roles = None, 0
         if not self.closed:
             self._show()
@@ -530,8 +537,7 @@ class Queue(QueueEnds, Ends):
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"name must be 1 to 200 letters, digits and ._-, not {name!r}")
-        if role not in _ROLES:
-            raise ValueError(f"role must be None, 'producer' or 'consumer', not {role!r}")
+        roles = _roles_of(role)
         if exclusive and not create:
             raise ValueError("exclusive is for a queue to be made: it needs create=True")
         functions = _functions_of(codec)
@@ -557,8 +563,7 @@ class Queue(QueueEnds, Ends):
                 self.close()
                 raise
         self._renew()
-        if role is not None:
-            self._take_part(_ROLES[role])
+        self._take_part_as(roles)
         return self
 
     def _renew(self) -> None:
@@ -646,6 +651,12 @@ def _functions_of(codec: Any) -> "tuple[Any, Any]":
         raise ValueError(
             f"codec must be 'bytes', 'pickle' or have dumps() and loads(), not {codec!r}"
         ) from None
+
+
+def _roles_of(role: "str | None") -> int:
+    if role not in _ROLES:
+        raise ValueError(f"role must be None, 'producer' or 'consumer', not {role!r}")
+    return _ROLES[role]
 
 
 def _seconds(block: bool, timeout: "float | None") -> "float | None":
