@@ -4,8 +4,7 @@
 import os
 import signal
 
-from ipckit import PeerDied, fork
-from ipckit.channel import channel
+from ipckit import PeerDied, channel, fork
 
 
 def square(numbers: range, clumsy: bool) -> list[int]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import importlib
 import os
 import random
 import select
@@ -20,9 +21,9 @@ import pytest
 from conftest import eventually, open_descriptors
 
 from ipckit import Closed, Corrupt, PeerDied, SharedMemory, ring, sockets
-from ipckit import channel as room
 from ipckit.channel import Listener, connect
 
+room = importlib.import_module("ipckit.channel")  # ipckit.channel is the function
 NOBODY = 65534
 PACKET = struct.Struct("=8sIIQQ")
 HELLO = PACKET.pack(b"ikchan\r\n", 1, 0, 0, 1 << 20)
@@ -890,19 +891,19 @@ def test_a_signal_is_heard_whatever_the_peer_writes(listener, forked, kind):
         raise Heard
 
     process = forked(hostile, listener.path, kind)
+    timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1])
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        with listener.accept(timeout=20) as end:
+        with listener.accept(timeout=20) as end, pytest.raises(Heard):
             process.wait_ready()
-            timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1])
             timer.start()
-            with pytest.raises(Heard):
-                while True:
-                    with contextlib.suppress(Corrupt, OSError):
-                        end.send(bytes(1 << 20)) if kind in ("ask_again", "keep_waiting") else end.recv()
-            timer.join()
+            while True:
+                with contextlib.suppress(Corrupt, OSError):
+                    end.send(bytes(1 << 20)) if kind in ("ask_again", "keep_waiting") else end.recv()
     finally:
+        timer.cancel()
         signal.signal(signal.SIGUSR1, before)
+    timer.join()
 
 
 def test_a_length_bomb_is_refused_before_anything_is_allocated(listener):
