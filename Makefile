@@ -19,7 +19,7 @@ CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof proofs asan tsan fuzz mutants bench-server bench-streams bench-objects bench-sync bench-engine \
+.PHONY: demo test proof proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects bench-sync bench-engine \
   ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
@@ -88,8 +88,8 @@ tsan:
 # the kill points; scribble the sanitizers; the fuzz targets need clang, and are skipped without it.
 ENGINE = csrc/ring.c csrc/lock.c csrc/wait.c
 PROOF_FLAGS = -std=gnu11 -D_GNU_SOURCE -O2 -g -Wall -Wextra -Werror -Icsrc
-PROOFS = stepkill killloop scribble $(if $(shell command -v clang),fuzz_attach fuzz_recv)
-build/proof/stepkill: PROOF_FLAGS += -static
+PROOFS = stepkill stepspoil killloop scribble $(if $(shell command -v clang),fuzz_attach fuzz_recv)
+build/proof/stepkill build/proof/stepspoil: PROOF_FLAGS += -static
 build/proof/killloop: PROOF_FLAGS += -DIK_KILLPOINTS
 build/proof/scribble: PROOF_FLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 build/proof/fuzz_%: PROOF_FLAGS += -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
@@ -105,6 +105,14 @@ proofs: $(PROOFS:%=build/proof/%)
 FUZZ_SECONDS = 60
 fuzz: proofs
 	IPCKIT_PROOF=1 FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -q -s tests/proof/test_engine.py -k fuzz
+
+MODEL = -DSENDERS=2 -DMESSAGES=1
+model:
+	@mkdir -p build/model
+	cd build/model && spin $(MODEL) -a ../../tests/proof/ring.pml
+	cd build/model && $(CC) -O2 -w -DSAFETY -DCOLLAPSE -o pan pan.c
+	cd build/model && ./pan -m400000 -n | tee pan.txt
+	@grep -q 'errors: 0' build/model/pan.txt && ! grep -q 'not completed' build/model/pan.txt
 
 mutants: $(VENV)/.built-dev
 	$(BIN)/python tests/proof/mutants.py

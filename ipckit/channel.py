@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from ipckit import ring, sockets, wait
 from ipckit._native import ffi, lib
@@ -118,9 +118,8 @@ def _close_all(fds: "Iterable[int]") -> None:
 _channels: "weakref.WeakSet[Channel]" = weakref.WeakSet()
 
 
-def _share_all() -> None:
-    for each in list(_channels):
-        each._alone = False
+def _count_fork() -> None:
+    Channel._forks += 1
 
 
 def _begin_anew() -> None:
@@ -129,7 +128,7 @@ def _begin_anew() -> None:
         each._expect_use()
 
 
-os.register_at_fork(before=_share_all, after_in_child=_begin_anew)
+os.register_at_fork(before=_count_fork, after_in_child=_begin_anew)
 
 
 # --- one end -------------------------------------------------------------------------------------
@@ -147,7 +146,8 @@ class Channel(ring.Ends):
     the parent then closes its handle. Threads: any number take turns.
     """
 
-    _alone = True  # no other process can have this end
+    _forks: ClassVar[int] = 0  # of this process
+    _made_at = -1  # by the count of forks: while that stands, no other process can have this end
     _joined = False  # this process has used it
     _died = False
     _closing = False
@@ -171,6 +171,7 @@ class Channel(ring.Ends):
         self._set_inbox(self._max_inbox, deque())
         self._memory, self._bells, self._life = memory, bells, life
         self._expect_use()
+        self._made_at = self._forks
         _channels.add(self)
 
     @classmethod
@@ -219,7 +220,7 @@ class Channel(ring.Ends):
 
     def _close(self, for_good: bool) -> None:
         self._closing = True
-        if not self.closed and (self._joined or (self._alone and for_good)):
+        if not self.closed and (self._joined or (self._made_at == self._forks and for_good)):
             self._join()
             for side in (RECV, SEND):
                 lib.ik_ring_part(self._ring(side), side, for_good)
@@ -388,7 +389,7 @@ class Channel(ring.Ends):
                 f"{self._what}: {self._inbox()} received messages would stay behind in this process"
             )
         fds = [ring.sendable(fd) for fd in (*self._bells, self._life)]
-        self._alone = False
+        self._made_at = -1
         return _inherited, (self._memory, self._side, fds, (self._limit, self._max_inbox), self._what)
 
 

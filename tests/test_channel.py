@@ -846,6 +846,7 @@ def test_ctrl_c_while_a_channel_is_made(path, forked, verb):
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(600)
 def test_a_gibibyte_through_a_mebibyte(forked):
     """By hash, in messages of all sizes."""
     total = 1 << 30 if WHOLE else 64 << 20
@@ -908,6 +909,7 @@ def use_and_drop(number, listener):
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(600)
 def test_many_channels_leave_nothing(path):
     count = 10_000 if WHOLE else 500
     with Listener(path, capacity=4096) as listener:

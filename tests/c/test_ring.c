@@ -366,8 +366,10 @@ static void a_death_inside_is_counted(void) {
     for (int side = 0; side < 2; side++) {
         reap(forked(die_inside, &ring, side));
         assert(stats_of(&ring).holder[side] == 0 && stats_of(&ring).recoveries[side] == 0);
-        assert(ik_ring_enter(&ring, side, IK_NOW) == 0);
-        ik_ring_leave(&ring, side);
+        for (int again = 0; again < 2; again++) {
+            assert(ik_ring_enter(&ring, side, IK_NOW) == 0);
+            ik_ring_leave(&ring, side);
+        }
         assert(stats_of(&ring).recoveries[side] == 1);
     }
     drop(&ring);
@@ -609,6 +611,8 @@ static void attaching_checks_what_it_is_given(void) {
     assert(ik_ring_attach(&other, memory, 0) == -EBADMSG);
     assert(ik_ring_attach(&other, memory, IK_RING_HEADER + 512) == -EBADMSG);
     assert(ik_ring_attach(&other, memory + 8, IK_RING_HEADER + 1016) == -EBADMSG);
+    *word(&ring, CAPACITY) = 1000;
+    assert(ik_ring_attach(&other, memory, IK_RING_HEADER + 1024) == -EBADMSG);
     assert(ik_ring_create(memory, IK_RING_HEADER, 0, 0) == -EINVAL);
     memset(memory, 0, 8);
     assert(ik_ring_attach(&other, memory, IK_RING_HEADER + 1024) == -EAGAIN);
@@ -640,6 +644,8 @@ static void spoilt_records_are_refused(void) {
     uint64_t gap[] = {record(GAP, 248)}, gaps[] = {record(GAP, 0), record(GAP, 0)};
     assert(received_from(gap, 1, 256) == -EBADMSG);
     assert(received_from(gaps, 2, 16) == -EBADMSG);
+    uint64_t short_gap[] = {record(GAP, 0), record(WHOLE, 0)};
+    assert(received_from(short_gap, 2, 16) == -EBADMSG);
     uint64_t small[] = {record(FIRST, 16), 100, 0}, bare[] = {record(FIRST, 8), 1000};
     assert(received_from(small, 3, 24) == -EBADMSG);
     assert(received_from(bare, 2, 16) == -EBADMSG);
@@ -652,18 +658,66 @@ static void spoilt_records_are_refused(void) {
 /* A bad index is refused each time it is looked at, and by an end that knew a good one before. */
 static void a_spoilt_index_is_refused_again_and_again(void) {
     ik_ring ring = new_ring(256, 0, 0);
-    for (int i = 0; i < 32; i++)
-        ((uint64_t *)ring.data)[i] = record(2, 0); /* gaps, as many as there are */
     send_filled(&ring, 0, 0);
+    send_filled(&ring, 0, 0);
+    assert(ik_ring_recv(&ring, got, sizeof got, in(50)) ==
+           0); /* so the end knows the other's index */
+    for (int i = 2; i < 32; i++)
+        ((uint64_t *)ring.data)[i] = record(2, 0); /* gaps, as many as there are */
     *word(&ring, TAIL) = (uint64_t)1 << 62;
     for (int i = 0; i < 3; i++) {
         *word(&ring, HEAD) = (uint64_t)1 << 61;
         assert(ik_ring_recv(&ring, got, sizeof got, in(50)) == -EBADMSG);
         assert(send(&ring, bytes, 8, in(50)) == -EBADMSG);
     }
+    for (int i = 0; i < 32; i++)
+        ((uint64_t *)ring.data)[i] = record(1, 0); /* whole ones */
+    *word(&ring, HEAD) = -((uint64_t)1 << 40);
+    assert(ik_ring_recv(&ring, got, sizeof got, in(50)) == -EBADMSG);
     *word(&ring, HEAD) = 4;
     assert(ik_ring_recv(&ring, got, sizeof got, in(50)) == -EBADMSG);
     drop(&ring);
+}
+
+/* --- waking ----------------------------------------------------------------------------------- */
+
+enum { WAKES = 40 };
+
+static int receive_wakes(ik_ring *ring, int argument) {
+    (void)argument;
+    for (int i = 0; i < WAKES; i++)
+        if (ik_ring_recv(ring, got, sizeof got, in(20000)) < 0)
+            return 1;
+    return 0;
+}
+
+/* How long it takes to wake a sleeper so often, in nanoseconds. */
+static int64_t time_to_wake(uint32_t flags) {
+    ik_ring ring = new_ring(4096, flags, 0);
+    pid_t receiver = forked(receive_wakes, &ring, 0);
+    int64_t taken = 0;
+    for (uint32_t i = 0; i < WAKES; i++) {
+        while (!stats_of(&ring).asleep[IK_RING_RECV])
+            usleep(50);
+        usleep(200); /* it has announced; now it falls asleep */
+        int64_t begun = ik_wait_now();
+        send_filled(&ring, 8, i);
+        while (stats_of(&ring).received <= i)
+            usleep(50);
+        taken += ik_wait_now() - begun;
+    }
+    reap(receiver);
+    drop(&ring);
+    return taken;
+}
+
+/* And not by the end of its slice. A loaded machine may have several tries. */
+static void who_sleeps_is_woken_by_a_commit(void) {
+    for (uint32_t flags = 0; flags <= BOTH; flags += BOTH) {
+        int tries = 0;
+        while (time_to_wake(flags) > WAKES * (int64_t)IK_SLICE / 4)
+            assert(++tries < 4);
+    }
 }
 
 /* --- many at once ---------------------------------------------------------------------------- */
@@ -797,6 +851,7 @@ int main(int argc, char **argv) {
         TEST(attaching_checks_what_it_is_given),
         TEST(spoilt_records_are_refused),
         TEST(a_spoilt_index_is_refused_again_and_again),
+        TEST(who_sleeps_is_woken_by_a_commit),
         TEST(threads_take_turns),
         TEST(processes_share_a_locked_ring),
     };

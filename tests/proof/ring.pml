@@ -4,7 +4,7 @@
  * oneself before sleeping, and one process killed at any step. Sequentially consistent, so it says
  * nothing about fences; whole messages only.
  *
- *     spin -DMESSAGES=2 -a ring.pml && gcc -O2 -DSAFETY -o pan pan.c && ./pan
+ *     make model MODEL='-DSENDERS=2 -DMESSAGES=1'
  *
  * Checked: what was acknowledged is received once and in order, unless it was in the hands of the
  * receiver that was killed; the lock never has two holders; at the end nobody sleeps while there is
@@ -15,7 +15,9 @@
 #define MESSAGES 2 /* of each sender */
 #endif
 #define SLOTS 2
+#ifndef SENDERS
 #define SENDERS 2
+#endif
 #define RECEIVERS 2
 #define TOTAL (SENDERS * MESSAGES)
 #define NOBODY 255
