@@ -69,18 +69,20 @@ static PyObject *encoded(PyObject *self, PyObject *object) {
     return dumps ? PyObject_CallFunctionObjArgs(dumps, object, NULL) : Py_NewRef(object);
 }
 
+/* The codec comes first: it may be long about it, and another thread close the queue meanwhile. */
 static PyObject *put(PyObject *self, const char *verb, PyObject *object, double seconds) {
     Py_buffer data;
-    PyObject *message = hot_ring_begin(self, SEND, verb) ? encoded(self, object) : NULL;
-    if (!message || PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0) {
-        Py_XDECREF(message);
-        return NULL;
+    PyObject *result = NULL, *message = encoded(self, object);
+    if (message && PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) == 0) {
+        uint64_t len = (uint64_t)data.len;
+        if (hot_ring_begin(self, SEND, verb)) {
+            int rc = hot_ring_send(self, data.buf, len, seconds);
+            result = rc < 0 ? hot_ring_fail(self, rc, verb, len) : Py_NewRef(Py_None);
+        }
+        PyBuffer_Release(&data);
     }
-    uint64_t len = (uint64_t)data.len;
-    int rc = hot_ring_send(self, data.buf, len, seconds);
-    PyBuffer_Release(&data);
-    Py_DECREF(message);
-    return rc < 0 ? hot_ring_fail(self, rc, verb, len) : Py_NewRef(Py_None);
+    Py_XDECREF(message);
+    return result;
 }
 
 static PyObject *queue_put(PyObject *self, PyObject *const *args, Py_ssize_t count,

@@ -97,15 +97,24 @@ static bool begin_use(ends_object *ends) {
     return none;
 }
 
-/* False with an exception: closed, or there is no place in the queue's table. */
-static bool can_begin(ends_object *ends, int side, const char *verb) {
-    PyObject *self = (PyObject *)ends, *none;
-    if (!ends->closed && !(ends->queue.lacks & 1u << side))
-        return !ends->unused || begin_use(ends);
-    none = ends->closed ? PyObject_CallMethod(self, "_fail", "isKK", -EBADF, verb, 0ull, 0ull)
-                        : PyObject_CallMethod(self, "_take_part", "i", 1 << side);
+/* The role of the side is taken in the table of a queue. */
+static bool take_part(ends_object *ends, int side) {
+    PyObject *none = PyObject_CallMethod((PyObject *)ends, "_take_part", "i", 1 << side);
     Py_XDECREF(none);
     return none;
+}
+
+/* False with an exception. Python may run here, and another thread close what is used: that is
+ * looked at last. */
+static bool can_begin(ends_object *ends, int side, const char *verb) {
+    if (!ends->closed && ends->unused && !begin_use(ends))
+        return false;
+    if (!ends->closed && ends->queue.lacks & 1u << side && !take_part(ends, side))
+        return false;
+    if (!ends->closed)
+        return true;
+    Py_XDECREF(PyObject_CallMethod((PyObject *)ends, "_fail", "isKK", -EBADF, verb, 0ull, 0ull));
+    return false;
 }
 
 static bool read_call(ends_object *ends, int side, const char *verb, PyObject *const *args,

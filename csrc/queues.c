@@ -4,20 +4,13 @@
 #include <errno.h>
 #include <limits.h>
 #include <stdbool.h>
+#include <stddef.h>
 
 #include "killpoint_impl.h"
 
 static const uint64_t MAGIC = 0x0001657565756b69; /* "ikueue", version 1 */
 
-struct ik_queue_table {
-    uint64_t magic; /* stored last */
-    uint32_t reach; /* no place from here on was ever taken */
-    uint32_t had_producer;
-    uint32_t deaths;
-    uint32_t done; /* tasks, modulo 2**32 */
-    _Alignas(64) unsigned char lock[IK_LOCK_SIZE];
-    ik_queue_place places[IK_QUEUE_PLACES];
-};
+_Static_assert(offsetof(ik_queue_table, lock) == 64, "the lock is aligned to its size");
 _Static_assert(sizeof(ik_queue_place) == 64, "a place is a cache line");
 _Static_assert(sizeof(ik_queue_table) == IK_QUEUE_MEMORY, "the places begin behind the header");
 _Static_assert(IK_QUEUE_MEMORY % IK_RING_ALIGNMENT == 0, "the ring begins behind the table");

@@ -37,7 +37,17 @@ typedef struct ik_queue_place {
     int64_t unused;
 } ik_queue_place;
 
-typedef struct ik_queue_table ik_queue_table;
+/* In shared memory, at an address that is a multiple of a ring's alignment. */
+typedef struct ik_queue_table {
+    uint64_t magic; /* stored last */
+    uint32_t reach; /* no place from here on was ever taken */
+    uint32_t had_producer;
+    uint32_t deaths;
+    uint32_t done; /* tasks, modulo 2**32 */
+    unsigned char unused[40];
+    unsigned char lock[IK_LOCK_SIZE];
+    ik_queue_place places[IK_QUEUE_PLACES];
+} ik_queue_table;
 
 /* Make a table of zeros into an empty one. 0, or -errno. */
 int ik_queue_create(ik_queue_table *table);

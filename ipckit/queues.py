@@ -40,6 +40,7 @@ from ipckit.ring import (
     RECV,
     SEND,
     Ends,
+    RingStats,
     attached,
     check_limit,
     make,
@@ -188,7 +189,7 @@ class Queue(QueueEnds, Ends):
         """Take all of them over."""
         self._guard = threading.RLock()
         self._memory, self._codec = memory, codec
-        self._table = ffi.from_buffer("ik_queue_place *", memory.buf, require_writable=True)
+        self._table = ffi.from_buffer("ik_queue_table *", memory.buf, require_writable=True)
         try:
             view = memory.buf[_TABLE:]
             if lib.ik_queue_attach(self._shared(), memory.size) < 0:
@@ -205,10 +206,17 @@ class Queue(QueueEnds, Ends):
         _queues.add(self)
 
     def _shared(self) -> Any:
+        """The table; as long as somebody has it, the memory stays, whoever closes the queue meanwhile."""
         table = self._table
         if table is None:
             raise Closed(f"{self._what} is closed")
-        return ffi.cast("ik_queue_table *", table)
+        return table
+
+    def _numbers(self) -> RingStats:
+        table = self._shared()
+        found = ring_stats(self._ring(RECV))
+        del table
+        return found
 
     @property
     def maxsize(self) -> int:
@@ -258,8 +266,10 @@ class Queue(QueueEnds, Ends):
             if place is None:
                 return
             self._show()
+            table = self._shared()
             self._locked(lib.ik_queue_leave, place)
             lib.ik_ring_wake(self._ring(SEND), RECV)
+            del table
 
     def _forget_place(self) -> None:
         """In a child after fork: the place is the parent's."""
@@ -302,7 +312,7 @@ class Queue(QueueEnds, Ends):
             if lib.ik_queue_count(table, _PRODUCER):
                 return False
         # After the count: what the last one put before it went is seen.
-        return ring_stats(self._ring(RECV)).used == 0
+        return self._numbers().used == 0
 
     def _lull(self, verb: str) -> None:
         """Called now and then while a receive waits, from C: is this the end?"""
@@ -385,15 +395,15 @@ class Queue(QueueEnds, Ends):
 
     def qsize(self) -> int:
         """How many objects are in the queue: exact, also after kills. Raises: Closed."""
-        return ring_stats(self._ring(RECV)).messages
+        return self._numbers().messages
 
     def empty(self) -> bool:
         """Is nothing in the queue? Raises: Closed."""
-        return ring_stats(self._ring(RECV)).used == 0
+        return self._numbers().used == 0
 
     def full(self) -> bool:
         """Would a put() of the smallest object block? Raises: Closed."""
-        found = ring_stats(self._ring(RECV))
+        found = self._numbers()
         return 0 < self.maxsize <= found.messages or found.capacity - found.used < 16
 
     def shutdown(self, immediate: bool = False) -> None:
@@ -404,12 +414,12 @@ class Queue(QueueEnds, Ends):
         Args: immediate: the rest is dropped; blocks until those who are just getting are done.
         Raises: Closed; with immediate, TimeoutError (ETIMEDOUT) if somebody was peeking for 10 s.
         """
-        ring = self._ring(SEND)
+        table, ring = self._shared(), self._ring(SEND)
         lib.ik_ring_shut(ring, RECV)
         lib.ik_ring_shut(ring, SEND)
         with suppress(EOFError):
             while immediate:
-                lib.ik_queue_tasks_dropped(self._shared(), len(self.recv_many(timeout=_PATIENCE)))
+                lib.ik_queue_tasks_dropped(table, len(self.recv_many(timeout=_PATIENCE)))
 
     def join_thread(self) -> None:
         """Does nothing: there is no thread, and what was put is in the queue already."""
@@ -453,8 +463,9 @@ class Queue(QueueEnds, Ends):
         """
         if self.closed:
             return
-        self._leave()
-        self._table = None  # it holds the memory
+        with self._guard:
+            self._leave()
+            self._table = None
         super().close()
         if self._member is not None:
             self._member.leave()
@@ -468,7 +479,7 @@ class Queue(QueueEnds, Ends):
 
         Those who died since the last look are noticed. Reads /proc for each participant.
         """
-        ring = ring_stats(self._ring(RECV))
+        ring = self._numbers()
         self._bury_the_dead()
         people = tuple(_participant(place) for _, place in self._places())
         there = [person for person in people if person.state != "dead"]
@@ -568,7 +579,7 @@ class Queue(QueueEnds, Ends):
 
     def _renew(self) -> None:
         """A queue that is empty and that nobody has is as new: what ended in it is past."""
-        if ring_stats(self._ring(RECV)).used == 0:
+        if self._numbers().used == 0:
             self._bury_the_dead()
             if self._locked(lib.ik_queue_renew) == 1:
                 for side in (SEND, RECV):
@@ -604,7 +615,7 @@ class JoinableQueue(Queue):
 
     def task_done(self) -> None:
         """One object that was got is dealt with. Raises: ValueError if all were; Closed."""
-        sent = ring_stats(self._ring(SEND)).sent
+        sent = self._numbers().sent
         if lib.ik_queue_task_done(self._shared(), sent) < 0:
             raise ValueError("task_done() called too many times")
 
@@ -613,7 +624,7 @@ class JoinableQueue(Queue):
 
         Raises: Closed.
         """
-        while (sent := ring_stats(self._ring(SEND)).sent) != (done := lib.ik_queue_tasks(self._shared())):
+        while (sent := self._numbers().sent) != (done := lib.ik_queue_tasks(self._shared())):
             assert (sent - done) & 0xFFFFFFFF < 1 << 31
             rc = lib.ik_queue_wait_tasks(self._shared(), done, wait.FOREVER)
             if rc != -errno.EINTR:
@@ -667,8 +678,8 @@ def _seconds(block: bool, timeout: "float | None") -> "float | None":
 
 def _format(view: memoryview, maxsize: int) -> None:
     """Make a queue in memory of zeros."""
-    with ffi.from_buffer("ik_queue_place *", view, require_writable=True) as table:
-        check(lib.ik_queue_create(ffi.cast("ik_queue_table *", table)), "making a queue")
+    with ffi.from_buffer("ik_queue_table *", view, require_writable=True) as table:
+        check(lib.ik_queue_create(table), "making a queue")
     make(view[_TABLE:], True, True, max(0, maxsize))
 
 

@@ -256,6 +256,31 @@ def test_wrong_options_are_refused(options, what):
         Queue(**options)
 
 
+def test_closing_while_other_threads_use_it():
+    def use(queue, calls):
+        with pytest.raises(ipckit.Closed):
+            while True:
+                for call in calls:
+                    with suppress(standard.Empty, standard.Full):
+                        call(queue)
+
+    for _ in range(30):
+        queue = JoinableQueue(capacity=4096)
+        users = [
+            [lambda queue: queue.put(b"x" * 50, timeout=0.001)],
+            [lambda queue: queue.get(timeout=0.001), lambda queue: queue.get_many(timeout=0.001)],
+            [Queue.stats, Queue.qsize, Queue.empty, Queue.full, lambda queue: queue.maxsize],
+        ]
+        threads = [threading.Thread(target=use, args=(queue, calls)) for calls in users]
+        for thread in threads:
+            thread.start()
+        time.sleep(random.random() / 200)  # where it closes is left to chance
+        queue.close()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
 # --- codecs ----------------------------------------------------------------------------------------
 
 
