@@ -19,7 +19,8 @@ CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects bench-sync ctest csrc cbench cpeers lint format docs matrix clean
+.PHONY: demo test proof proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects bench-sync bench-engine \
+  ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	$(BIN)/ipckit demo
@@ -120,6 +121,11 @@ build/bench/%: bench/c/%.c
 	@mkdir -p $(@D)
 	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -o $@ $< -pthread
 
+# The one that measures our own C.
+build/bench/engine: bench/c/engine.c build/libipckit.a
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS_ALL) -o $@ $< build/libipckit.a -pthread
+
 cbench: $(CBENCH)
 
 # Programs that use the kernel without us: what the tests talk to.
@@ -145,6 +151,14 @@ proof: $(VENV)/.built-dev ctest cpeers proofs
 
 bench-server bench-streams bench-objects bench-sync: bench-%: $(VENV)/.built-dev cbench
 	$(BIN)/python bench/bench_$*.py $(BENCH)
+
+# The peers one by one, so that what does not install here is named and left out.
+$(VENV)/.bench: $(VENV)/.built-dev
+	$(BIN)/python bench/install_peers.py
+	touch $@
+
+bench-engine: $(VENV)/.bench cbench
+	$(BIN)/python bench/bench_engine.py $(BENCH)
 
 matrix:
 	@for python in $$(.ci/pythons); do \

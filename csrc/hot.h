@@ -27,10 +27,12 @@ bool hot_add_queues(PyObject *module, PyObject *ends_class);
 
 /* What an Ends has that is a queue's. */
 typedef struct {
-    PyObject *dumps, *loads; /* NULL: messages are bytes */
-    PyObject *rest;          /* list of messages that come before those in the ring, or NULL */
-    ik_queue_doing *doing;   /* ours in the table of who takes part; NULL: we are not in it */
-    uint32_t lacks;          /* roles that we are not in it with yet; 0 for what is no queue */
+    PyObject *dumps, *loads;     /* NULL: messages are bytes */
+    PyObject *rest;              /* list of messages that come before those in the ring, or NULL */
+    ik_queue_doing *doing;       /* ours in the table of who takes part; NULL: we are not in it */
+    uint32_t lacks;              /* roles that we are not in it with yet; 0 for what is no queue */
+    uint32_t slices;             /* of waiting, counted */
+    const ik_queue_table *table; /* that one; NULL for what is no queue */
 } hot_queue;
 
 hot_queue *hot_ring_queue(PyObject *self);

@@ -212,13 +212,14 @@ static PyObject *queue_set_codec(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* (doing, lacks): where the table shows what we do, 0 for nowhere, and the roles that would have to
- * be taken first. */
+/* (table, doing, lacks): the table, where it shows what we do, 0 for nowhere, and the roles that
+ * would have to be taken first. */
 static PyObject *queue_set_place(PyObject *self, PyObject *args) {
-    unsigned long long doing;
+    unsigned long long table, doing;
     unsigned int lacks;
-    if (!PyArg_ParseTuple(args, "KI", &doing, &lacks))
+    if (!PyArg_ParseTuple(args, "KKI", &table, &doing, &lacks))
         return NULL;
+    hot_ring_queue(self)->table = (const ik_queue_table *)(uintptr_t)table;
     hot_ring_queue(self)->doing = (ik_queue_doing *)(uintptr_t)doing;
     hot_ring_queue(self)->lacks = lacks;
     Py_RETURN_NONE;

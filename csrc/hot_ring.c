@@ -5,8 +5,8 @@
  *
  * A call first tries with the GIL held; only to wait, or to copy much, is it dropped. Who is inside
  * an end excludes the others by the end itself (ring.h), so no other lock is needed here. What goes
- * wrong is told to the Python method _fail(rc, verb, size, limit), which raises; after each slice
- * of a wait _lull() may look around, if there is one.
+ * wrong is told to the Python method _fail(rc, verb, size, limit), which raises; a receiver of a
+ * queue that waits calls _lull(verb) now and then.
  */
 #include <errno.h>
 #include <math.h>
@@ -21,6 +21,9 @@ enum { SEND = IK_RING_SEND, RECV = IK_RING_RECV };
 
 /* Bytes for which the GIL isn't worth dropping; messages in one commit, and in one call. */
 enum { AT_ONCE = 32768, IN_A_ROW = 64, AT_MOST = 1024 };
+
+/* Slices of 50 ms after which a receiver looks whether the producers live. */
+enum { LOOK_SLICES = 16 };
 
 /* Whose bells: ours for what comes and for room, the other's, and the other's life. */
 enum { DATA, ROOM, THEIR_DATA, THEIR_ROOM, LIFE, BELLS };
@@ -44,7 +47,6 @@ typedef struct {
     bool closed;    /* also before there is a ring */
     bool unused;    /* the first verb in this process calls _join() */
     bool listening; /* somebody polls our bell */
-    bool lulls;     /* there is a _lull() */
     hot_queue queue;
 } ends_object;
 
@@ -141,11 +143,22 @@ static PyObject *fail(ends_object *ends, int64_t rc, const char *verb, uint64_t 
     return NULL;
 }
 
-/* After a signal or a slice. False with an exception, or if the object was closed meanwhile. */
+/* Whether it is time to look if the producers are dead; or they left, and this is the end. Python
+ * is not called each slice, since that is most of what an idle receiver costs. */
+static bool may_be_over(hot_queue *queue) {
+    if (!queue->table || !(queue->lacks & IK_QUEUE_PRODUCER) ||
+        !ik_queue_had_producer(queue->table))
+        return false;
+    return ++queue->slices % LOOK_SLICES == 0 ||
+           ik_queue_count(queue->table, IK_QUEUE_PRODUCER) == 0;
+}
+
+/* After a signal or a slice. False with an exception, or if the object was closed meanwhile. The
+ * verb is of a receiver that has begun no message yet, and ends when there will be none. */
 static bool look_around(ends_object *ends, const char *verb) {
     if (PyErr_CheckSignals() < 0 || ends->closed)
         return false;
-    if (!ends->lulls)
+    if (!verb || !may_be_over(&ends->queue))
         return true;
     PyObject *none = PyObject_CallMethod((PyObject *)ends, "_lull", "s", verb);
     Py_XDECREF(none);
@@ -290,9 +303,9 @@ static int send_waiting(ends_object *ends, const void *data, uint64_t len, doubl
         else
             WITHOUT_GIL(ends,
                         rc = ik_ring_send(&ends->rings[SEND], &progress, data, len, deadline_ns));
-    } while (rc == -EINTR && !PyErr_Occurred() && look_around(ends, "send"));
-    if (rc < 0)
-        ik_ring_give_up(&ends->rings[SEND], SEND, &progress);
+    } while (rc == -EINTR && !PyErr_Occurred() && look_around(ends, NULL));
+    if (rc < 0 && ik_ring_give_up(&ends->rings[SEND], SEND, &progress) && !PyErr_Occurred())
+        rc = 0; /* it was received at the last moment */
     unuse_waiting(ends);
     return rc;
 }
@@ -514,7 +527,7 @@ static int take_stream(ends_object *ends, target *into, uint64_t len, int64_t de
     }
     do {
         WITHOUT_GIL(ends, rc = ik_ring_recv_stream(ring, &progress, memory, len, deadline_ns));
-    } while (rc == -EINTR && look_around(ends, "recv"));
+    } while (rc == -EINTR && look_around(ends, NULL));
     if (rc == -EINTR)
         give_up_receiving(ends, memory, len, &progress);
     if (rc < 0)
@@ -642,7 +655,7 @@ static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
             break;
         if (rc != -EINTR && is_past(deadline_ns))
             rc = -ETIMEDOUT;
-        else if (PyErr_Occurred() || !look_around(ends, into->to_the_end ? "wait" : "recv"))
+        else if (PyErr_Occurred() || !look_around(ends, into->to_the_end ? NULL : "recv"))
             rc = -EINTR;
         else
             continue;
@@ -825,7 +838,6 @@ static PyObject *lend(ends_object *ends, int side, const void *data, uint64_t le
     ends->loaned[side] = len;
     ends->lender[side] = ik_wait_thread();
     use(ends);
-    show(ends, side);
     return part;
 }
 
@@ -881,20 +893,23 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
     if ((uint64_t)len > ring->largest || (uint64_t)len > ends->max_message)
         return fail(ends, -EMSGSIZE, "reserve", (uint64_t)len,
                     ring->largest < ends->max_message ? ring->largest : ends->max_message);
+    show(ends, SEND); /* until commit() or cancel() */
     int rc = ik_ring_wait_room(ring, (uint64_t)len, IK_NOW);
     int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
     use_waiting(ends);
     while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {
         WITHOUT_GIL(ends, rc = ik_ring_wait_room(ring, (uint64_t)len, deadline_ns));
-        if (rc != -EINTR || !look_around(ends, "reserve"))
+        if (rc != -EINTR || !look_around(ends, NULL))
             break;
     }
     void *room = NULL;
     if (rc == 0 && !(room = ik_ring_reserve(ring, (uint64_t)len, &rc)))
         ik_ring_leave(ring, SEND); /* closed in this moment */
     unuse_waiting(ends);
-    return room ? lend(ends, SEND, room, (uint64_t)len)
-                : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
+    PyObject *part = room ? lend(ends, SEND, room, (uint64_t)len) : NULL;
+    if (!part)
+        show_end(ends, SEND);
+    return room ? part : fail(ends, rc, "reserve", (uint64_t)len, ends->max_message);
 }
 
 static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -941,6 +956,7 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
     if (ends->pending)
         return fail(ends, -EMSGSIZE, "peek", (uint64_t)PyBytes_GET_SIZE(ends->pending),
                     ring->largest);
+    show(ends, RECV); /* until release() or keep() */
     int rc = ik_ring_wait_message(ring, IK_NOW);
     int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
     use_waiting(ends);
@@ -960,6 +976,8 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
     }
     PyObject *part =
         rc == 1 ? lend(ends, RECV, data, len) : fail(ends, rc, "peek", len, ring->largest);
+    if (!part)
+        show_end(ends, RECV);
     unuse_waiting(ends);
     return part;
 }
@@ -1147,7 +1165,6 @@ static PyObject *ends_attach(PyObject *self, PyObject *args) {
     for (int side = 0; side < 2; side++)
         Py_XSETREF(ends->views[side], Py_NewRef(views[side]));
     ends->max_message = max_message;
-    ends->lulls = PyObject_HasAttrString(self, "_lull");
     ends->closed = false;
     return PyLong_FromLong(0);
 }
@@ -1213,6 +1230,7 @@ static PyObject *ends_shut_down(PyObject *self, PyObject *none) {
     Py_CLEAR(ends->kept);
     Py_CLEAR(ends->later);
     ends->queue.doing = NULL;
+    ends->queue.table = NULL;
     ends->closed = true;
     if (ends->users == 0)
         drop_views(ends);

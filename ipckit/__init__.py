@@ -16,6 +16,8 @@ The rooms, lowest first; each imports only from those before it:
     memory      shared memory: a sealed memfd, or a named file; views pin it; numpy
     sync        locks, events, semaphores, conditions, barriers that survive kill -9
     ring        a ring of messages in shared memory: the engine
+    channel     two ends over shared memory that notice each other's death
+    queues      many producers, many consumers, crash-safe; multiprocessing.Queue's methods
     sysv        System V message queues, shared memory and semaphores, by key or id
     posix       POSIX message queues, semaphores and shared memory, by name
     inventory   what has a name on this machine, who uses it, what is orphaned
@@ -27,6 +29,11 @@ The rooms, lowest first; each imports only from those before it:
 from ipckit import posix as posix
 from ipckit import sockets as sockets
 from ipckit import sysv as sysv
+from ipckit.channel import Channel as Channel
+from ipckit.channel import ChannelStats as ChannelStats
+from ipckit.channel import Listener as Listener
+from ipckit.channel import channel as channel
+from ipckit.channel import connect as connect
 from ipckit.errors import Closed as Closed
 from ipckit.errors import Corrupt as Corrupt
 from ipckit.errors import PeerDied as PeerDied
@@ -47,6 +54,10 @@ from ipckit.process import die_with_parent as die_with_parent
 from ipckit.process import fork as fork
 from ipckit.process import fork_native as fork_native
 from ipckit.process import wait_any as wait_any
+from ipckit.queues import JoinableQueue as JoinableQueue
+from ipckit.queues import Queue as Queue
+from ipckit.queues import QueueStats as QueueStats
+from ipckit.queues import ShutDown as ShutDown
 from ipckit.ring import Ring as Ring
 from ipckit.ring import RingStats as RingStats
 from ipckit.signals import SA_NOCLDSTOP as SA_NOCLDSTOP

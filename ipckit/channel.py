@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from ipckit import ring, sockets, wait
 from ipckit._native import ffi, lib
@@ -118,9 +118,8 @@ def _close_all(fds: "Iterable[int]") -> None:
 _channels: "weakref.WeakSet[Channel]" = weakref.WeakSet()
 
 
-def _share_all() -> None:
-    for each in list(_channels):
-        each._alone = False
+def _count_fork() -> None:
+    Channel._forks += 1
 
 
 def _begin_anew() -> None:
@@ -129,7 +128,7 @@ def _begin_anew() -> None:
         each._expect_use()
 
 
-os.register_at_fork(before=_share_all, after_in_child=_begin_anew)
+os.register_at_fork(before=_count_fork, after_in_child=_begin_anew)
 
 
 # --- one end -------------------------------------------------------------------------------------
@@ -147,9 +146,11 @@ class Channel(ring.Ends):
     the parent then closes its handle. Threads: any number take turns.
     """
 
-    _alone = True  # no other process can have this end
+    _forks: ClassVar[int] = 0  # of this process
+    _made_at = -1  # by the count of forks: while that stands, no other process can have this end
     _joined = False  # this process has used it
     _died = False
+    _closing = False
     _life = -1
     _limit: int
     _max_inbox: int
@@ -170,6 +171,7 @@ class Channel(ring.Ends):
         self._set_inbox(self._max_inbox, deque())
         self._memory, self._bells, self._life = memory, bells, life
         self._expect_use()
+        self._made_at = self._forks
         _channels.add(self)
 
     @classmethod
@@ -217,7 +219,8 @@ class Channel(ring.Ends):
         self._close(True)
 
     def _close(self, for_good: bool) -> None:
-        if not self.closed and (self._joined or (self._alone and for_good)):
+        self._closing = True
+        if not self.closed and (self._joined or (self._made_at == self._forks and for_good)):
             self._join()
             for side in (RECV, SEND):
                 lib.ik_ring_part(self._ring(side), side, for_good)
@@ -241,7 +244,9 @@ class Channel(ring.Ends):
 
     def _fail(self, rc: int, verb: str, size: int, limit: int) -> NoReturn:
         side = SEND if verb in _SENDING else RECV
-        if rc == -errno.ETIMEDOUT and lib.ik_ring_is_deserted(self._ring(side), side):
+        if self._closing:  # by another thread, at this moment
+            rc = -errno.EBADF
+        elif rc == -errno.ETIMEDOUT and lib.ik_ring_is_deserted(self._ring(side), side):
             rc = -errno.ECONNRESET
         if rc == -errno.ECONNRESET and not self._died:
             self._died = True
@@ -384,7 +389,7 @@ class Channel(ring.Ends):
                 f"{self._what}: {self._inbox()} received messages would stay behind in this process"
             )
         fds = [ring.sendable(fd) for fd in (*self._bells, self._life)]
-        self._alone = False
+        self._made_at = -1
         return _inherited, (self._memory, self._side, fds, (self._limit, self._max_inbox), self._what)
 
 
@@ -607,13 +612,12 @@ class Listener:
                 await wait.ready(self.fileno(), wait.READ, end, f"accept at {self.path!r}")
 
     def _accept(self, end: int) -> Channel:
+        turn = 0
         while True:
+            turn += 1
             sock = self._listening()
             left = wait.remaining(end)
-            try:
-                events = self._poll.poll(_SLICE if left is None else min(left, _SLICE))
-            except ValueError:  # closed by another thread
-                events = []
+            events = self._poll.poll(_SLICE if left is None else min(left, _SLICE))
             self._listening()
             for fd, _ in events:
                 if fd == sock.fileno():
@@ -621,7 +625,8 @@ class Listener:
                 elif (made := self._answer(fd)) is not None:
                     return made
             self._drop_late()
-            if not events and wait.remaining(end) == 0:
+            # Without time to wait, what is there is looked at a few times: for who comes, and what it says.
+            if wait.remaining(end) == 0 and (turn > 8 or not events):
                 check(-errno.ETIMEDOUT, f"accept at {self.path!r}")
 
     def _greet(self, sock: socket.socket) -> None:
@@ -684,13 +689,14 @@ class Listener:
         with ExitStack() as undo:
             bells = _new_bells()
             undo.callback(_close_all, bells)
-            if not self._tell(client, [memory.fileno(), *bells.turned()], limits[0]):
-                self.refused += 1
-                return None
             what = f"channel of {self._capacity} bytes to a client at {self.path!r}"
+            # Before the client can write into the memory.
             end = Channel._make(memory, 0, bells, client.fileno(), limits, what)
             undo.pop_all()
-        client.detach()
+        if not self._tell(client.detach(), [memory.fileno(), *bells.turned()], limits[0]):
+            self.refused += 1
+            end.close()
+            return None
         return end.claim()
 
     def fileno(self) -> int:
@@ -712,6 +718,7 @@ class Listener:
         sock, self._sock = self._sock, None
         if sock is None:
             return
+        self._turn.acquire(timeout=4 * _SLICE)  # a thread that accepts notices, unless it is this one
         with sock:
             if self._maker == os.getpid():
                 with suppress(OSError):  # while it is bound, no other file can be mistaken for it

@@ -148,8 +148,9 @@ class Queue(QueueEnds, Ends):
     Args: maxsize: objects that it holds at most; 0 for as many as there is room for. capacity: bytes,
         rounded up to a power of two; each message takes its own, rounded up to 8, and 8. A message of
         more than half of it goes through in pieces while both sides work. codec: "pickle"; "bytes" for
-        messages that are bytes-like as they are; or an object with dumps() and loads().
-        max_message: bytes; larger ones are refused.
+        messages that are bytes-like as they are; or an object with dumps() and loads(). role: this
+        process takes part as that from now on, and not from its first call on: a "producer" keeps the
+        queue from its end while there are no others. max_message: bytes; larger ones are refused.
     Raises: ValueError for sizes out of range or another codec; OSError ENOMEM, EMFILE, ENFILE.
     Fork: the child has it too. Pickle: to children of multiprocessing as they start. Threads: any number.
     """
@@ -169,21 +170,23 @@ class Queue(QueueEnds, Ends):
         *,
         capacity: int = DEFAULT_CAPACITY,
         codec: "Literal['bytes', 'pickle'] | Codec" = "pickle",
+        role: "Literal['producer', 'consumer'] | None" = None,
         max_message: int = DEFAULT_MAX_MESSAGE,
     ) -> None:
         size = _TABLE + memory_size(capacity)
-        functions = _functions_of(codec)
+        functions, roles = _functions_of(codec), _roles_of(role)
         check_limit(max_message)
         memory = SharedMemory(size)
         _format(memory.buf, maxsize)
         self._what = f"queue of {memory_size(capacity) - lib.IK_RING_HEADER} bytes"
         self._use(memory, codec, functions, max_message, new_bells())
+        self._take_part_as(roles)
 
     def _use(
         self, memory: Mapping, codec: Any, functions: "tuple[Any, Any]", limit: int, bells: "tuple[int, int]"
     ) -> None:
         """Take all of them over."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._memory, self._codec = memory, codec
         self._table = ffi.from_buffer("ik_queue_place *", memory.buf, require_writable=True)
         try:
@@ -193,15 +196,19 @@ class Queue(QueueEnds, Ends):
             attached(self._attach(view, view, limit), self._what)
         except BaseException:
             _close(bells)
+            self._table = None
             memory.close(defer=True)
             raise
         self._set_bells(*bells, *bells, -1)
         self._set_codec(*functions)
-        self._set_place(0, _PRODUCER | _CONSUMER)
+        self._show()
         _queues.add(self)
 
     def _shared(self) -> Any:
-        return ffi.cast("ik_queue_table *", self._table)
+        table = self._table
+        if table is None:
+            raise Closed(f"{self._what} is closed")
+        return ffi.cast("ik_queue_table *", table)
 
     @property
     def maxsize(self) -> int:
@@ -224,10 +231,17 @@ class Queue(QueueEnds, Ends):
             else:
                 check(self._locked(lib.ik_queue_play, self._place, roles), f"table of {self._what}")
             self._roles |= roles
-            doing = lib.ik_queue_doing_of(self._shared(), self._place)
-            missing = (_PRODUCER | _CONSUMER) & ~self._roles
-            self._set_place(int(ffi.cast("uintptr_t", doing)), missing)
+            self._show(lib.ik_queue_doing_of(self._shared(), self._place))
         _leave_at_exit()
+
+    def _take_part_as(self, roles: int) -> None:
+        if roles:
+            self._take_part(roles)
+
+    def _show(self, doing: Any = ffi.NULL) -> None:
+        """Tell the C calls where in the table they show what they do, and what they have to ask for first."""
+        table, place = (int(ffi.cast("uintptr_t", pointer)) for pointer in (self._shared(), doing))
+        self._set_place(table, place, (_PRODUCER | _CONSUMER) & ~self._roles)
 
     def _joined(self, roles: int) -> int:
         myself = registry._myself()
@@ -243,16 +257,16 @@ class Queue(QueueEnds, Ends):
             place, self._place, self._roles = self._place, None, 0
             if place is None:
                 return
-            self._set_place(0, _PRODUCER | _CONSUMER)
+            self._show()
             self._locked(lib.ik_queue_leave, place)
             lib.ik_ring_wake(self._ring(SEND), RECV)
 
     def _forget_place(self) -> None:
         """In a child after fork: the place is the parent's."""
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         self._place, self._roles = None, 0
         if not self.closed:
-            self._set_place(0, _PRODUCER | _CONSUMER)
+            self._show()
 
     def _places(self) -> "Iterator[tuple[int, Any]]":
         index = 0
@@ -291,8 +305,8 @@ class Queue(QueueEnds, Ends):
         return ring_stats(self._ring(RECV)).used == 0
 
     def _lull(self, verb: str) -> None:
-        """Called after each slice of a wait, from C."""
-        if verb in ("recv", "peek", "arecv") and self._is_over():
+        """Called now and then while a receive waits, from C: is this the end?"""
+        if self._is_over():
             self._end(verb)
 
     def _end(self, verb: str) -> NoReturn:
@@ -309,7 +323,8 @@ class Queue(QueueEnds, Ends):
         super()._fail(rc, verb, size, limit)
 
     async def _rung(self, bell: int, end: int, verb: str) -> None:
-        self._lull(verb)
+        if verb == "arecv":
+            self._lull(verb)
         await super()._rung(bell, end, verb)
 
     # --- what the standard library's queues have -------------------------------------------------
@@ -439,6 +454,7 @@ class Queue(QueueEnds, Ends):
         if self.closed:
             return
         self._leave()
+        self._table = None  # it holds the memory
         super().close()
         if self._member is not None:
             self._member.leave()
@@ -478,6 +494,14 @@ class Queue(QueueEnds, Ends):
             raise Closed(f"{self._what} is closed")
         if self.name is not None:
             return _reopened, (type(self), self.name, self._birth, self._codec, self.max_message)
+        from multiprocessing import context
+
+        # Anywhere else each descriptor would start a thread that hands it out.
+        if context.get_spawning_popen() is None:
+            raise TypeError(
+                f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
+                "give it a name with Queue.open()"
+            )
         bells = tuple(sendable(self._bell(side)) for side in (RECV, SEND))
         return _inherited, (type(self), self._memory, self._codec, self.max_message, *bells)
 
@@ -513,8 +537,7 @@ class Queue(QueueEnds, Ends):
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"name must be 1 to 200 letters, digits and ._-, not {name!r}")
-        if role not in _ROLES:
-            raise ValueError(f"role must be None, 'producer' or 'consumer', not {role!r}")
+        roles = _roles_of(role)
         if exclusive and not create:
             raise ValueError("exclusive is for a queue to be made: it needs create=True")
         functions = _functions_of(codec)
@@ -540,8 +563,7 @@ class Queue(QueueEnds, Ends):
                 self.close()
                 raise
         self._renew()
-        if role is not None:
-            self._take_part(_ROLES[role])
+        self._take_part_as(roles)
         return self
 
     def _renew(self) -> None:
@@ -629,6 +651,12 @@ def _functions_of(codec: Any) -> "tuple[Any, Any]":
         raise ValueError(
             f"codec must be 'bytes', 'pickle' or have dumps() and loads(), not {codec!r}"
         ) from None
+
+
+def _roles_of(role: "str | None") -> int:
+    if role not in _ROLES:
+        raise ValueError(f"role must be None, 'producer' or 'consumer', not {role!r}")
+    return _ROLES[role]
 
 
 def _seconds(block: bool, timeout: "float | None") -> "float | None":

@@ -79,7 +79,7 @@ class RingStats:
     messages: int
     """complete ones in the ring"""
     sent: int
-    """messages, modulo 2**32"""
+    """messages, modulo 2**32; a long one that had to be sent again counts each time, on both sides"""
     received: int
     """messages, modulo 2**32"""
     sender: int

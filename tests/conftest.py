@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # numpy's threads block no signal, so they would take those that a test blocks in the main thread.
@@ -54,9 +55,11 @@ def open_descriptors() -> dict[int, str]:
 
 
 def children() -> set[int]:
-    return {
-        int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()
-    }
+    found: set[int] = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError):  # of a thread that was joined, and only now is gone
+            found |= {int(pid) for pid in task.read_text().split()}
+    return found
 
 
 def system_v_ids() -> set[tuple[str, str]]:

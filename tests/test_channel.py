@@ -1,21 +1,15 @@
 """What a channel has beyond the verbs of all endpoints, which test_endpoints.py holds it to."""
 
-import array
 import asyncio
 import contextlib
 import errno
-import fcntl
 import gc
 import hashlib
-import multiprocessing
 import os
 import pickle
 import random
-import resource
 import select
 import signal
-import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -26,9 +20,8 @@ from pathlib import Path
 import pytest
 from conftest import eventually, open_descriptors
 
-import ipckit
-from ipckit import Closed, Corrupt, PeerDied, SharedMemory, process, ring, sockets
-from ipckit.channel import Channel, Listener, channel, connect
+from ipckit import Closed, PeerDied
+from ipckit.channel import Listener, channel, connect
 
 WHOLE = os.environ.get("IPCKIT_PROOF") == "1"
 
@@ -44,22 +37,6 @@ def ends():
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "sock")
-
-
-@pytest.fixture
-def listener(path):
-    with Listener(path, capacity=8192) as made:
-        yield made
-
-
-def connected(listener):
-    """The listener's end, and the client's, both in this process."""
-    made = []
-    thread = threading.Thread(target=lambda: made.append(connect(listener.path, timeout=20)))
-    thread.start()
-    end = listener.accept(timeout=20)
-    thread.join(20)
-    return end, made[0]
 
 
 def is_asleep(pid):
@@ -781,6 +758,180 @@ if __name__ == "__main__":
     assert done.stdout == "EOFError\n", done.stderr
 
 
+# --- signals -------------------------------------------------------------------------------------
+
+BLOCKING = {
+    "recv": lambda end: end.recv(),
+    "recv_into": lambda end: end.recv_into(bytearray(10)),
+    "recv_many": lambda end: end.recv_many(),
+    "peek": lambda end: end.peek(),
+    "send": lambda end: end.send(bytes(4000)),
+    "send of a long one": lambda end: end.send(bytes(100_000)),
+    "send_many": lambda end: end.send_many([bytes(4000)] * 5),
+    "reserve": lambda end: end.reserve(4000),
+    "send_fds": lambda end: [end.send_fds([], bytes(60_000)) for _ in range(10)],
+    "recv_fds": lambda end: end.recv_fds(1),
+    "arecv": lambda end: asyncio.run(end.arecv()),
+    "asend": lambda end: asyncio.run(end.asend(bytes(4000))),
+}
+
+
+def is_interrupted(forked, call):
+    """Seconds from Ctrl-C, which comes when *call* sleeps in the kernel, to KeyboardInterrupt."""
+    begun, begin = os.pipe()
+    hit, when = os.pipe()
+
+    def child(ready):
+        ready()
+        os.read(begun, 1)
+        eventually(lambda: is_asleep(os.getppid()))
+        os.write(when, struct.pack("=d", time.monotonic()))
+        os.kill(os.getppid(), signal.SIGINT)
+
+    process = forked(child)
+    process.wait_ready()
+    with pytest.raises(KeyboardInterrupt):
+        os.write(begin, b".")  # from here on nothing but the call sleeps
+        call()
+    took = time.monotonic() - struct.unpack("=d", os.read(hit, 8))[0]
+    assert process.wait() == 0
+    for fd in (begun, begin, hit, when):
+        os.close(fd)
+    return took
+
+
+@pytest.mark.parametrize("verb", BLOCKING.values(), ids=BLOCKING.keys())
+def test_ctrl_c_ends_every_verb_and_the_channel_stays_usable(ends, forked, verb):
+    left, right = ends
+    filled = 0
+    with contextlib.suppress(TimeoutError):
+        while True:
+            left.send(bytes(4000), timeout=0)
+            filled += 1
+    assert min(is_interrupted(forked, lambda: verb(left)) for _ in range(3)) < 0.1
+    while filled:
+        assert right.recv(timeout=5) == bytes(4000)
+        filled -= 1
+    with contextlib.suppress(TimeoutError):  # send_many had sent some, or none
+        right.recv_many(timeout=0)
+    for size in (5, 100_000):
+        thread = threading.Thread(target=left.send, args=[bytes(size)], kwargs={"timeout": 20})
+        thread.start()
+        assert right.recv(timeout=20) == bytes(size)
+        thread.join()
+        right.send(b"back")
+        assert left.recv(timeout=5) == b"back"
+
+
+@pytest.mark.parametrize("verb", ["accept", "aaccept", "connect"])
+def test_ctrl_c_while_a_channel_is_made(path, forked, verb):
+    with Listener(path) as listener:
+        call = {
+            "accept": listener.accept,
+            "aaccept": lambda: asyncio.run(listener.aaccept()),
+            "connect": lambda: connect(path),
+        }[verb]
+        assert min(is_interrupted(forked, call) for _ in range(3)) < 0.1
+        made = []
+        thread = threading.Thread(target=lambda: made.append(connect(path, timeout=20)))
+        thread.start()
+        with listener.accept(timeout=20) as end:
+            thread.join()
+            end.send(b"x")
+            assert made[0].recv(timeout=5) == b"x"
+            made[0].close()
+
+
+# --- how much, how often -------------------------------------------------------------------------
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_a_gibibyte_through_a_mebibyte(forked):
+    """By hash, in messages of all sizes."""
+    total = 1 << 30 if WHOLE else 64 << 20
+    left, right = channel(1 << 20)
+    block = os.urandom(4 << 20)
+
+    def pieces():
+        order, left_to_do = random.Random(7), total
+        while left_to_do:
+            size = min(left_to_do, int(order.paretovariate(0.5)) * 64 % len(block))
+            start = order.randrange(len(block) - size + 1)
+            yield memoryview(block)[start : start + size]
+            left_to_do -= size
+
+    def child(ready):
+        with right.claim():
+            digest, came = hashlib.blake2b(), 0
+            for message in right:
+                digest.update(message)
+                came += len(message)
+            right.send(digest.digest() + b"%d" % came)
+
+    process = forked(child)
+    with left.claim():
+        digest, sent = hashlib.blake2b(), 0
+        for piece in pieces():
+            left.send(piece, timeout=50)
+            digest.update(piece)
+            sent += len(piece)
+        left.close_write()
+        assert left.recv(timeout=50) == digest.digest() + b"%d" % total
+    assert process.wait() == 0
+    print(f"{sent} bytes through a channel of {1 << 20} bytes, the same by hash")
+
+
+def memory_in_use():
+    """KiB that this process has of its own, and that is shared."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+
+
+def use_and_drop(number, listener):
+    if number % 10:
+        left, right = channel(4096)
+    else:
+        made = []
+        thread = threading.Thread(target=lambda: made.append(connect(listener.path)))
+        thread.start()
+        left = listener.accept(timeout=20)
+        thread.join()
+        (right,) = made
+    left.send(b"%d" % number)
+    assert right.recv(timeout=5) == b"%d" % number
+    right.send(bytes(3000))
+    select.select([left.fileno()], [], [], 5)
+    assert left.recv(timeout=5) == bytes(3000)
+    if number % 2:
+        left.close()
+        right.close()
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+def test_many_channels_leave_nothing(path):
+    count = 10_000 if WHOLE else 500
+    with Listener(path, capacity=4096) as listener:
+        for number in range(100):
+            use_and_drop(number, listener)
+        gc.collect()
+        before = open_descriptors(), os.listdir("/dev/shm"), memory_in_use()
+        for number in range(count):
+            use_and_drop(number, listener)
+        gc.collect()
+        after = open_descriptors(), os.listdir("/dev/shm"), memory_in_use()
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 1000
+    print(f"{count} channels: {len(after[0])} descriptors as before, {after[2] - before[2]} KiB more memory")
+
+
 def test_elsewhere_it_cant_be_pickled(ends):
     with pytest.raises(TypeError, match="channel of 8192 bytes can be pickled only for a process"):
         pickle.dumps(ends[0])
+
+
+def test_the_example_runs():
+    example = Path(__file__).parent.parent / "examples" / "channel_worker.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    assert done.stdout.endswith("the first worker did [0, 1, 4], the second [9, 16, 25]\n"), done.stderr

@@ -15,6 +15,7 @@ import ipckit
 from ipckit import posix, sysv
 from ipckit.channel import channel
 from ipckit.endpoints import Receiver, Sender
+from ipckit.queues import Queue
 
 
 def a_pipe():
@@ -53,9 +54,20 @@ def a_channel():
     return near, far, lambda: None
 
 
+def a_queue():
+    queue = Queue(capacity=8192, codec="bytes")
+    return queue, queue, lambda: None
+
+
+def a_named_queue():
+    queue = Queue.open("endpoints", exclusive=True, capacity=8192)
+    again = Queue.open("endpoints", create=False)
+    return queue, again, lambda: remove(Queue.open("endpoints", create=False))
+
+
 def remove(queue):
     with queue:
-        queue.unlink() if isinstance(queue, posix.MessageQueue) else queue.remove()
+        queue.remove() if isinstance(queue, sysv.MessageQueue) else queue.unlink()
 
 
 ENDPOINTS = {
@@ -66,6 +78,8 @@ ENDPOINTS = {
     "ring": a_ring,
     "ring of many": a_ring_of_many,
     "channel": a_channel,
+    "queue": a_queue,
+    "named queue": a_named_queue,
 }
 
 
