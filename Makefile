@@ -7,6 +7,7 @@ VENV ?= .venv
 CC ?= cc
 BIN = $(VENV)/bin
 BUILD = build
+LIMIT = 60
 SANITIZE =
 CFLAGS_ALL = -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC -Wall -Wextra -Werror -Icsrc $(SANITIZE)
 
@@ -65,7 +66,7 @@ $(BUILD)/tests/%: tests/c/%.c $(BUILD)/libipckit.a
 
 ctest: $(CTESTS)
 	@for program in $(CTESTS); do \
-	  timeout 60 $$program; status=$$?; \
+	  timeout $(LIMIT) $$program; status=$$?; \
 	  case $$status in 0) echo "ok   $$program";; 77) echo "skip $$program";; \
 	  *) echo "FAIL $$program (status $$status)"; exit 1;; esac; \
 	done
@@ -73,7 +74,7 @@ ctest: $(CTESTS)
 # What the sanitizers find ends the program. TSan sees races between threads only, not between processes,
 # and takes no notice of fences (-Wno-tsan), on which no access rests that isn't atomic itself.
 asan:
-	$(MAKE) ctest BUILD=build/asan SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=all'
+	$(MAKE) ctest LIMIT=300 BUILD=build/asan SANITIZE='-fsanitize=address,undefined -fno-sanitize-recover=all'
 
 tsan:
 	$(MAKE) build/tsan/libipckit.a BUILD=build/tsan SANITIZE='-fsanitize=thread -Wno-tsan'

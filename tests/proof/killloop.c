@@ -210,7 +210,7 @@ static int receive_long(worker *own, uint64_t len) {
     int64_t deadline = random_deadline();
     bool hasty = random_below(16) == 0;
     int rc;
-    memset(own->buffer, 0xff, sizeof(heading)); /* nobody's, until the first piece is there */
+    memset(own->buffer, 0xff, LONGEST); /* nothing of it is left from another time */
     __atomic_store_n(&own->hands, FULL, __ATOMIC_RELEASE);
     do
         rc = ik_ring_recv_stream(&ring, &progress, own->buffer, len, deadline);
@@ -278,6 +278,12 @@ static void start(int place) {
     pids[place] = pid;
 }
 
+/* Of part of a long message it is not said that it was in anybody's hands. */
+static bool is_whole(const unsigned char *bytes, const heading *top) {
+    return top->life < most_lives && top->number < EACH && top->len <= LONGEST &&
+           top->check == check_of(bytes, top->len);
+}
+
 /* Add up what it left, also in its hands. */
 static void bury(int place) {
     worker *dead = &world->workers[place];
@@ -288,7 +294,7 @@ static void bury(int place) {
         ledger.naughts_received += dead->naughts[ACKNOWLEDGED];
     heading top;
     memcpy(&top, dead->buffer, sizeof top);
-    if (dead->hands == FULL && top.life < most_lives && top.number < EACH) /* may arrive, or not */
+    if (dead->hands == FULL && is_whole(dead->buffer, &top)) /* may arrive, or not */
         __atomic_fetch_or(&got[top.life][top.number], IN_HANDS, __ATOMIC_RELAXED);
     ledger.naughts_excused += dead->hands == NAUGHT;
     memset(dead->naughts, 0, sizeof dead->naughts);
