@@ -22,8 +22,9 @@ enum { SEND = IK_RING_SEND, RECV = IK_RING_RECV };
 /* Bytes for which the GIL isn't worth dropping; messages in one commit, and in one call. */
 enum { AT_ONCE = 32768, IN_A_ROW = 64, AT_MOST = 1024 };
 
-/* Slices of 50 ms after which a receiver looks whether the producers live. */
-enum { LOOK_SLICES = 16 };
+/* Slices of 50 ms after which a receiver looks whether producers seem to live, and whether they do.
+ */
+enum { LOOK_SLICES = 8, PROOF_SLICES = 200 };
 
 /* Whose bells: ours for what comes and for room, the other's, and the other's life. */
 enum { DATA, ROOM, THEIR_DATA, THEIR_ROOM, LIFE, BELLS };
@@ -158,8 +159,11 @@ static bool may_be_over(hot_queue *queue) {
     if (!queue->table || !(queue->lacks & IK_QUEUE_PRODUCER) ||
         !ik_queue_had_producer(queue->table))
         return false;
-    return ++queue->slices % LOOK_SLICES == 0 ||
-           ik_queue_count(queue->table, IK_QUEUE_PRODUCER) == 0;
+    if (ik_queue_count(queue->table, IK_QUEUE_PRODUCER) == 0)
+        return true;
+    uint32_t slices = ++queue->slices;
+    return slices % PROOF_SLICES == 0 ||
+           (slices % LOOK_SLICES == 0 && !ik_queue_producer_seems_alive(queue->table));
 }
 
 /* After a signal or a slice. False with an exception, or if the object was closed meanwhile. The

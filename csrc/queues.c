@@ -3,8 +3,11 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "killpoint_impl.h"
 
@@ -185,6 +188,25 @@ int ik_queue_count(const ik_queue_table *table, uint32_t role) {
         count += state_of(place) == IK_QUEUE_ALIVE && (load(&place->roles) & role);
     }
     return count;
+}
+
+static bool is_running(int pid) {
+    int fd = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (fd < 0)
+        return false;
+    struct pollfd end = {.fd = fd, .events = POLLIN}; /* also of a zombie */
+    bool running = poll(&end, 1, 0) == 0;
+    close(fd);
+    return running;
+}
+
+int ik_queue_producer_seems_alive(const ik_queue_table *table) {
+    ik_queue_place place;
+    for (int i = 0; (i = ik_queue_read(table, i, &place)) >= 0; i++)
+        if (place.state == IK_QUEUE_ALIVE && (place.roles & IK_QUEUE_PRODUCER) &&
+            is_running((int)place.pid))
+            return 1;
+    return 0;
 }
 
 int ik_queue_had_producer(const ik_queue_table *table) {

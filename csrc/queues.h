@@ -78,6 +78,10 @@ int ik_queue_read(const ik_queue_table *table, int index, ik_queue_place *ret_pl
 /* Processes with that role that are there; alive, as far as anybody knows. */
 int ik_queue_count(const ik_queue_table *table, uint32_t role);
 
+/* Whether some process that has not ended has the number of a producer: no proof that it is that
+ * one, but quickly asked. */
+int ik_queue_producer_seems_alive(const ik_queue_table *table);
+
 /* Was there ever a producer? */
 int ik_queue_had_producer(const ik_queue_table *table);
 
