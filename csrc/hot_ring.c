@@ -22,9 +22,9 @@ enum { SEND = IK_RING_SEND, RECV = IK_RING_RECV };
 /* Bytes for which the GIL isn't worth dropping; messages in one commit, and in one call. */
 enum { AT_ONCE = 32768, IN_A_ROW = 64, AT_MOST = 1024 };
 
-/* Slices of 50 ms after which a receiver looks whether producers seem to live, and whether they do.
- */
-enum { LOOK_SLICES = 8, PROOF_SLICES = 200 };
+/* Slices, mostly of 100 ms, after which a receiver looks whether producers seem to live, and
+ * whether they do. */
+enum { LOOK_SLICES = 4, PROOF_SLICES = 100 };
 
 /* Whose bells: ours for what comes and for room, the other's, and the other's life. */
 enum { DATA, ROOM, THEIR_DATA, THEIR_ROOM, LIFE, BELLS };

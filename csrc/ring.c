@@ -206,11 +206,12 @@ static void silence(int bell) {
 
 /* Sleep in poll, on the bell, the peer's life, and another bell if there is one. A peer whose life
  * has ended may have done something before. */
-static int sleep_in_poll(const ik_ring *ring, int side, int other_bell, int64_t deadline_ns) {
+static int sleep_in_poll(const ik_ring *ring, int side, int other_bell, int64_t deadline_ns,
+                         int64_t slice_ns) {
     int64_t left = deadline_ns == IK_FOREVER ? INT64_MAX : deadline_ns - ik_wait_now();
     if (left <= 0)
         return -ETIMEDOUT;
-    struct timespec time = {.tv_nsec = left < IK_SLICE ? left : IK_SLICE};
+    struct timespec time = {.tv_nsec = left < slice_ns ? left : slice_ns};
     struct pollfd all[3] = {{.fd = ring->ends[side].bell, .events = POLLIN},
                             {.fd = ring->life, .events = POLLRDHUP},
                             {.fd = other_bell, .events = POLLIN}};
@@ -221,7 +222,7 @@ static int sleep_in_poll(const ik_ring *ring, int side, int other_bell, int64_t 
         silence(all[0].fd);
     if (all[1].revents)
         return -ECONNRESET;
-    return rc > 0 ? 0 : left <= IK_SLICE ? -ETIMEDOUT : -EINTR;
+    return rc > 0 ? 0 : left <= slice_ns ? -ETIMEDOUT : -EINTR;
 }
 
 static bool is_closed(const ik_ring *ring, int side) {
@@ -242,6 +243,14 @@ static uint32_t announce(ik_ring *ring, int side, enum waiting how, uint32_t see
     return waits && !is_closed(ring, !side) ? waiting : 0;
 }
 
+/* A sleeper whose waker was killed has mostly just fallen asleep; one that has slept long is idle,
+ * and should cost little. Half a slice, a slice, and then two. */
+static int64_t next_slice(ik_ring_end *end) {
+    uint32_t naps = __atomic_load_n(&end->naps, __ATOMIC_RELAXED);
+    __atomic_store_n(&end->naps, naps + 1, __ATOMIC_RELAXED);
+    return naps < 2 ? (int64_t)IK_SLICE / 2 << naps : 2 * (int64_t)IK_SLICE;
+}
+
 /* Wait until the other's index is not what was seen. 0, or -ETIMEDOUT, -EINTR, -ECONNRESET. */
 static int wait_for_other(ik_ring *ring, int side, uint32_t seen, int64_t deadline_ns) {
     line *other = &ring->shared->lines[!side];
@@ -254,8 +263,11 @@ static int wait_for_other(ik_ring *ring, int side, uint32_t seen, int64_t deadli
     if (!waiting)
         return 0;
     IK_KILLPOINT("ring.asleep");
-    int rc = in_poll ? sleep_in_poll(ring, side, -1, deadline_ns)
-                     : ik_wait_word(&other->waiting, waiting, deadline_ns);
+    int64_t slice = next_slice(&ring->ends[side]);
+    int rc = in_poll ? sleep_in_poll(ring, side, -1, deadline_ns, slice)
+                     : ik_wait_word_for(&other->waiting, waiting, deadline_ns, slice);
+    if (rc == 0)
+        __atomic_store_n(&ring->ends[side].naps, 0, __ATOMIC_RELAXED);
     if (rc == 0 && is_locked(ring, side)) /* woken alone: the others may still be asleep */
         __atomic_fetch_or(&other->waiting, SLEEPS, __ATOMIC_RELAXED);
     bool did_more =
@@ -1015,7 +1027,8 @@ int ik_ring_spin(ik_ring *ring, int side) {
 }
 
 int ik_ring_sleep_both(const ik_ring *out, const ik_ring *in, int64_t deadline_ns) {
-    int rc = sleep_in_poll(out, IK_RING_SEND, in ? in->ends[IK_RING_RECV].bell : -1, deadline_ns);
+    int rc = sleep_in_poll(out, IK_RING_SEND, in ? in->ends[IK_RING_RECV].bell : -1, deadline_ns,
+                           IK_SLICE);
     return rc == -ECONNRESET && is_closed(out, IK_RING_RECV) ? 0 : rc;
 }
 

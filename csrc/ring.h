@@ -41,6 +41,7 @@ typedef struct ik_ring_end {
     int bell;      /* eventfd, FIFO or socket that wakes who waits at this end in poll; -1: none */
     ik_spin turn;  /* waiting to enter */
     ik_spin other; /* waiting for the other end */
+    uint32_t naps; /* slices slept in vain, in a row */
 } ik_ring_end;
 
 /* A ring as one process knows it: each has its own, also after fork. */

@@ -111,16 +111,20 @@ int ik_wait_spin(const uint32_t *word, uint32_t seen, ik_spin *spin) {
 
 /* --- sleeping -------------------------------------------------------------------------------- */
 
-int ik_wait_word(const uint32_t *word, uint32_t seen, int64_t deadline_ns) {
+int ik_wait_word_for(const uint32_t *word, uint32_t seen, int64_t deadline_ns, int64_t slice_ns) {
     int64_t left = deadline_ns == IK_FOREVER ? INT64_MAX : nanoseconds_left(deadline_ns);
     if (left == 0)
         return -ETIMEDOUT;
-    struct timespec time = timespec_of(left < IK_SLICE ? left : IK_SLICE);
+    struct timespec time = timespec_of(left < slice_ns ? left : slice_ns);
     if (syscall(SYS_futex, word, FUTEX_WAIT, seen, &time, NULL, 0) == 0 || errno == EAGAIN)
         return 0;
-    if (errno == ETIMEDOUT && left <= IK_SLICE)
+    if (errno == ETIMEDOUT && left <= slice_ns)
         return -ETIMEDOUT;
     return errno == ETIMEDOUT ? -EINTR : -errno;
+}
+
+int ik_wait_word(const uint32_t *word, uint32_t seen, int64_t deadline_ns) {
+    return ik_wait_word_for(word, seen, deadline_ns, IK_SLICE);
 }
 
 int ik_wake_word(const uint32_t *word, int count) {

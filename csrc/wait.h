@@ -35,6 +35,9 @@ int ik_wait_glance(const uint32_t *word, uint32_t seen, const ik_spin *spin);
 /* Sleep while *word is seen. 0 if it may have changed, -EINTR, or -ETIMEDOUT. See futex(2). */
 int ik_wait_word(const uint32_t *word, uint32_t seen, int64_t deadline_ns);
 
+/* The same, with a slice of another length. */
+int ik_wait_word_for(const uint32_t *word, uint32_t seen, int64_t deadline_ns, int64_t slice_ns);
+
 /* Wake up to count sleepers on *word. How many were woken. */
 int ik_wake_word(const uint32_t *word, int count);
 

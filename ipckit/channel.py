@@ -214,7 +214,7 @@ class Channel(ring.Ends):
         """Close this end in this process; again does nothing.
 
         If no other process uses it, the peer finds the end of the stream after what was sent. What other
-        threads are doing with it ends with Closed, within 50 ms.
+        threads are doing with it ends with Closed, within 100 ms.
         """
         self._close(True)
 
@@ -588,7 +588,7 @@ class Listener:
 
         Args: timeout: seconds.
         Raises: TimeoutError (ETIMEDOUT); OSError EMFILE, ENFILE, ENOMEM if there is nothing to make a channel
-            of, and then the client was turned away; Closed, within 50 ms, if another thread closes.
+            of, and then the client was turned away; Closed, within 100 ms, if another thread closes.
         See accept(2), SO_PEERCRED in unix(7).
         """
         end = wait.deadline(timeout)

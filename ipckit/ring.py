@@ -208,7 +208,7 @@ class Ends(_Ends):
     def close(self) -> None:
         """Close this handle in this process; again does nothing. What is in the ring stays there.
 
-        What other threads are doing with it ends with Closed, within 50 ms.
+        What other threads are doing with it ends with Closed, within 100 ms.
         """
         self._shut_down()
         memory, self._memory = self._memory, None
