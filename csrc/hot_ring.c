@@ -1223,6 +1223,21 @@ static PyObject *ends_expect_use(PyObject *self, PyObject *none) {
     Py_RETURN_NONE;
 }
 
+/* True, and the memory stays until _unpin(); False if it is closed. */
+static PyObject *ends_pin(PyObject *self, PyObject *none) {
+    (void)none;
+    if (ends_of(self)->closed)
+        Py_RETURN_FALSE;
+    use(ends_of(self));
+    Py_RETURN_TRUE;
+}
+
+static PyObject *ends_unpin(PyObject *self, PyObject *pointer) {
+    (void)pointer;
+    unuse(ends_of(self));
+    Py_RETURN_NONE;
+}
+
 /* (side): where the ring is of which this sends into, or receives from. For cffi. */
 static PyObject *ends_address(PyObject *self, PyObject *side) {
     return PyLong_FromVoidPtr(&ends_of(self)->rings[PyLong_AsLong(side) == RECV ? RECV : SEND]);
@@ -1396,6 +1411,8 @@ static PyMethodDef methods[] = {
     {"_inbox", ends_inbox, METH_NOARGS, NULL},
     {"_take_in", ends_take_in, METH_NOARGS, NULL},
     {"_expect_use", ends_expect_use, METH_NOARGS, NULL},
+    {"_pin", ends_pin, METH_NOARGS, NULL},
+    {"_unpin", ends_unpin, METH_O, NULL},
     {"_address", ends_address, METH_O, NULL},
     {"_shut_down", ends_shut_down, METH_NOARGS, NULL},
     {0},

@@ -54,6 +54,7 @@ from ipckit.process import die_with_parent as die_with_parent
 from ipckit.process import fork as fork
 from ipckit.process import fork_native as fork_native
 from ipckit.process import wait_any as wait_any
+from ipckit.queues import Ended as Ended
 from ipckit.queues import JoinableQueue as JoinableQueue
 from ipckit.queues import Queue as Queue
 from ipckit.queues import QueueStats as QueueStats

@@ -252,7 +252,7 @@ class Queue(QueueEnds, Ends):
         self._set_place(table, place, (_PRODUCER | _CONSUMER) & ~self._roles)
 
     def _joined(self, roles: int) -> int:
-        myself = registry._myself()
+        myself = registry.myself()
         rc = self._locked(lib.ik_queue_join, *myself, roles)
         if rc == -errno.EUSERS:
             self._bury_the_dead()

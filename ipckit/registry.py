@@ -45,6 +45,7 @@ __all__ = [
     "folders",
     "lives",
     "make_or_open",
+    "myself",
     "records",
     "tidy",
 ]
@@ -141,7 +142,8 @@ def _proc_is_ours() -> bool:
     return os.readlink("/proc/self") == str(os.getpid())
 
 
-def _myself() -> Process:
+def myself() -> Process:
+    """The process that calls, also after fork."""
     return _myself_as(os.getpid())
 
 
@@ -486,7 +488,7 @@ class _Entry:
     def write(self, left: bool = False) -> None:
         space = _space(self.kind)
         self.place = _place(self.kind, self.ident, self.birth, space)
-        self.name = "{}.{}.{}".format(*_myself())
+        self.name = "{}.{}.{}".format(*myself())
         _write(self.place, self.name, self.text(space, left))
 
     def exists(self) -> bool:

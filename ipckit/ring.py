@@ -112,10 +112,10 @@ class Ends(_Ends):
         raise AssertionError(f"{what}: {rc} is no error")
 
     def _ring(self, side: int) -> Any:
-        """The C structure; only while this object is."""
-        if self.closed:
+        """The C structure. Its memory stays while the pointer is kept, also if another thread closes."""
+        if not self._pin():
             raise Closed(f"{self._what} is closed")
-        return ffi.cast("ik_ring *", self._address(side))
+        return ffi.gc(ffi.cast("ik_ring *", self._address(side)), self._unpin)
 
     def _bell(self, side: int) -> int:
         bell: int = self._ring(side).ends[side].bell
@@ -323,8 +323,15 @@ class Ring(Ends):
         return ring_stats(self._ring(SEND))
 
     def __reduce__(self) -> "tuple[Any, ...]":
+        from multiprocessing import context
+
         if self._memory is None:
             raise TypeError(f"{self._what} can't be pickled: only a ring with its own memory can")
+        # Anywhere else each descriptor would start a thread that hands it out.
+        if context.get_spawning_popen() is None:
+            raise TypeError(
+                f"{self._what} can be pickled only for a process of multiprocessing that is being started"
+            )
         bells = tuple(sendable(self._bell(side)) for side in (RECV, SEND))
         return _inherited, (self._memory, self.max_message, bells)
 

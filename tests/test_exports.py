@@ -8,7 +8,7 @@ IN_THE_ROOM = {
     "memory": {"Mapping", "Views", "allocate", "check_file", "check_regular", "fault_in"},
     "pipes": {"Duplex", "DuplexStats", "Reader", "Stats", "Writer"},
     "process": {"NativeMemory"},
-    "queues": {"Codec", "Ended", "Participant"},
+    "queues": {"Codec", "Participant"},
     "ring": {"Ends", "memory_size"},
     "errors": {"check"},
 }

@@ -729,7 +729,7 @@ def test_who_is_in_another_pid_namespace_is_never_dead(queue, forked):
 
 def test_a_full_table(queue, forked):
     for _ in range(lib.IK_QUEUE_PLACES):
-        queue._locked(lib.ik_queue_join, *registry._myself(), 0)
+        queue._locked(lib.ik_queue_join, *registry.myself(), 0)
     with pytest.raises(OSError, match="table of queue of 4096 bytes") as caught:
         queue.put(1)
     assert caught.value.errno == errno.EUSERS
@@ -739,7 +739,7 @@ def test_a_full_table(queue, forked):
 def test_the_dead_make_room_in_the_table(queue, forked):
     def child(ready):
         for _ in range(lib.IK_QUEUE_PLACES):
-            queue._locked(lib.ik_queue_join, *registry._myself(), 0)
+            queue._locked(lib.ik_queue_join, *registry.myself(), 0)
 
     assert forked(child).wait() == 0
     queue.put(1)

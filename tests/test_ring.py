@@ -7,6 +7,7 @@ import io
 import mmap
 import multiprocessing
 import os
+import pickle
 import random
 import select
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -777,3 +779,20 @@ def test_closed_by_another_thread_while_this_one_reserves(either):
     either.commit()
     with pytest.raises(ipckit.Closed):
         either.stats()
+
+
+def test_pickled_elsewhere_it_says_why():
+    with Ring(4096) as ring, pytest.raises(TypeError, match="ring of 4096 bytes can be pickled only"):
+        pickle.dumps(ring)
+    assert threading.active_count() == 1
+
+
+def test_numbers_while_another_thread_closes():
+    for _ in range(200):
+        ring = Ring(256)
+        thread = threading.Thread(target=ring.close)
+        thread.start()
+        with suppress(ipckit.Closed):
+            while True:
+                ring.stats()
+        thread.join(20)

@@ -4,10 +4,12 @@
  * ring it should send into, as fast as it can, until it is killed. It knows how a ring lies in
  * there.
  */
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 
 enum { INDEX = 16, STREAM = INDEX + 3, HEAD = 32, DATA = 64 }; /* of a ring, in words of 8 bytes */
@@ -88,6 +90,7 @@ static void write_noise(word *all, size_t size) {
 
 int main(int argc, char **argv) {
     struct stat found;
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* it never ends by itself */
     if (argc != 3 || fstat(atoi(argv[1]), &found) < 0)
         return 2;
     size_t size = (size_t)found.st_size;
