@@ -864,8 +864,8 @@ def test_qsize_is_exact_after_kills(raw, forked):
         while True:
             raw.put(bytes(chance.randrange(200)))
             raw.put_many([b"a", b"b"])
-            raw.get_many(2)
-            raw.get()
+            for _ in range(3 - len(raw.get_many(2))):  # as many as were put, or it fills up
+                raw.get()
 
     for _ in range(8):
         workers = [forked(worker) for _ in range(3)]
