@@ -185,7 +185,7 @@ MUTANTS = [
         "the slice of ever is a time-out",
         WAIT,
         "deadline_ns == IK_FOREVER ? INT64_MAX",
-        "deadline_ns == IK_FOREVER ? IK_SLICE",
+        "deadline_ns == IK_FOREVER ? slice_ns",
         f"{UNIT} gives_up",
     ),
     Mutant(
