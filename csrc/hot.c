@@ -33,6 +33,9 @@ static int fill(PyObject *module) {
     return hot_add_kernel(module) && hot_add_ring(module) && hot_add_sync(module) ? 0 : -1;
 }
 
+/* Not declared safe without the GIL. What is in shared memory is; missing is what threads of one
+ * process share under the GIL only: an Ends' users, loans, and messages kept or pending; spin and
+ * recovered of a handle of sync; the one buffer of each kind of kernel queue. */
 static PyModuleDef_Slot slots[] = {
     {Py_mod_exec, fill},
     {0},
