@@ -22,6 +22,12 @@ PyObject *hot_leave_to(const char *name, PyObject *self, PyObject *const *args, 
     return result;
 }
 
+int64_t hot_deadline(double seconds) {
+    if (seconds == 0)
+        return IK_NOW;
+    return seconds < 3e9 ? ik_wait_now() + (int64_t)(seconds * 1e9) : IK_FOREVER;
+}
+
 bool hot_add_class(PyObject *module, PyType_Spec *spec) {
     PyObject *class = PyType_FromModuleAndSpec(module, spec, NULL);
     bool added = class && PyModule_AddType(module, (PyTypeObject *)class) == 0;

@@ -16,6 +16,10 @@ PyObject *hot_leave_to(const char *name, PyObject *self, PyObject *const *args, 
 
 bool hot_add_class(PyObject *module, PyType_Spec *spec);
 
+/* The deadline after so many seconds, infinite or some decades: IK_FOREVER. The clock is read only
+ * by who waits. */
+int64_t hot_deadline(double seconds);
+
 /* Each adds the classes of its room; false with an exception. */
 bool hot_add_kernel(PyObject *module);
 bool hot_add_ring(PyObject *module);

@@ -60,12 +60,6 @@ static bool are_plain(PyObject *const *values, PyObject *names, const char *numb
     return true;
 }
 
-static int64_t deadline_of(const options *given) {
-    if (given->seconds == 0)
-        return IK_NOW;
-    return given->seconds < 1e9 ? ik_wait_now() + (int64_t)(given->seconds * 1e9) : IK_FOREVER;
-}
-
 /* As hot_leave_to(), with another first argument. */
 static PyObject *leave_with(const char *name, PyObject *self, PyObject *first,
                             PyObject *const *values, PyObject *names) {
@@ -135,7 +129,7 @@ static PyObject *queue_send(PyObject *self, PyObject *const *args, Py_ssize_t co
         return hot_leave_to("_send", self, args, count, names);
     int rc = send_at_once(queue_of(self), args[0], given.number);
     if (rc == -ETIMEDOUT && given.seconds > 0) {
-        rc = send_waiting(queue_of(self), args[0], given.number, deadline_of(&given));
+        rc = send_waiting(queue_of(self), args[0], given.number, hot_deadline(given.seconds));
         if (rc == -EINTR)
             return NULL;
         if (rc == -ETIMEDOUT)
@@ -155,7 +149,7 @@ static bool are_bytes(PyObject *messages, size_t largest) {
 
 /* How many were sent, or what ended it before the first. */
 static Py_ssize_t send_all(ik_posix_queue *queue, PyObject *messages, const options *given) {
-    int64_t deadline_ns = deadline_of(given);
+    int64_t deadline_ns = hot_deadline(given->seconds);
     Py_ssize_t done;
     for (done = 0; done < PyTuple_Size(messages); done++) {
         PyObject *message = PyTuple_GetItem(messages, done);
@@ -196,7 +190,7 @@ static PyObject *queue_send_many(PyObject *self, PyObject *const *args, Py_ssize
 
 static int64_t receive_waiting(ik_posix_queue *queue, ik_posix_message *ret_message,
                                const options *given) {
-    int64_t len, deadline_ns = deadline_of(given);
+    int64_t len, deadline_ns = hot_deadline(given->seconds);
     do {
         Py_BEGIN_ALLOW_THREADS;
         len = ik_posix_queue_wait(queue, POLLIN, deadline_ns);

@@ -129,13 +129,6 @@ static bool read_call(ends_object *ends, int side, const char *verb, PyObject *c
     return read_timeout(verb, args + count, names, ret_seconds) && can_begin(ends, side, verb);
 }
 
-/* The clock is read only by who waits. */
-static int64_t deadline_after(double seconds) {
-    if (seconds == 0)
-        return IK_NOW;
-    return seconds < 3e9 ? ik_wait_now() + (int64_t)(seconds * 1e9) : IK_FOREVER;
-}
-
 /* --- failing and looking around -------------------------------------------------------------- */
 
 /* Always NULL. */
@@ -306,7 +299,7 @@ static int send_both_ways(ends_object *ends, ik_ring_progress *progress, const v
 }
 
 static int send_waiting(ends_object *ends, const void *data, uint64_t len, double seconds) {
-    int64_t deadline_ns = deadline_after(seconds);
+    int64_t deadline_ns = hot_deadline(seconds);
     ik_ring_progress progress = {0};
     int rc;
     use_waiting(ends);
@@ -384,25 +377,24 @@ static bool can_be_sent(ends_object *ends, PyObject *messages) {
     return true;
 }
 
+static int stage_bytes(ik_ring *ring, const void *data, uint64_t len) {
+    int rc = 0;
+    void *room = ik_ring_reserve(ring, len, &rc);
+    if (room) {
+        memcpy(room, data, len);
+        ik_ring_stage(ring, len);
+    }
+    return rc;
+}
+
 /* Stage one; the end is entered. 0, or -EAGAIN and so on, as ik_ring_reserve(). */
 static int stage_one(ik_ring *ring, PyObject *message) {
-    int rc = 0;
     Py_buffer data;
-    if (PyBytes_Check(message)) {
-        void *room = ik_ring_reserve(ring, (uint64_t)PyBytes_GET_SIZE(message), &rc);
-        if (room)
-            memcpy(room, PyBytes_AS_STRING(message), (size_t)PyBytes_GET_SIZE(message));
-        if (room)
-            ik_ring_stage(ring, (uint64_t)PyBytes_GET_SIZE(message));
-        return rc;
-    }
+    if (PyBytes_Check(message))
+        return stage_bytes(ring, PyBytes_AS_STRING(message), (uint64_t)PyBytes_GET_SIZE(message));
     if (PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0)
         return -EINTR; /* with an exception */
-    void *room = ik_ring_reserve(ring, (uint64_t)data.len, &rc);
-    if (room)
-        memcpy(room, data.buf, (size_t)data.len);
-    if (room)
-        ik_ring_stage(ring, (uint64_t)data.len);
+    int rc = stage_bytes(ring, data.buf, (uint64_t)data.len);
     PyBuffer_Release(&data);
     return rc;
 }
@@ -417,7 +409,7 @@ static Py_ssize_t send_row(ends_object *ends, PyObject *messages, Py_ssize_t fir
         while (done < PyTuple_GET_SIZE(messages) && done - first < AT_MOST && rc == 0) {
             rc = stage_one(ring, PyTuple_GET_ITEM(messages, done));
             done += rc == 0;
-            if (rc != 0 || (done - first) % IN_A_ROW == 0)
+            if (rc == 0 && (done - first) % IN_A_ROW == 0)
                 ik_ring_commit(ring, SEND);
         }
         ik_ring_commit(ring, SEND);
@@ -441,7 +433,7 @@ static int send_slowly(ends_object *ends, PyObject *message, int64_t deadline_ns
 }
 
 static PyObject *send_all(ends_object *ends, PyObject *messages, double seconds) {
-    int64_t deadline_ns = deadline_after(seconds);
+    int64_t deadline_ns = hot_deadline(seconds);
     Py_ssize_t done = 0, total = PyTuple_GET_SIZE(messages);
     int rc = 0;
     while (done < total && (rc >= 0 || rc == -EAGAIN) && !ends->closed) {
@@ -659,7 +651,7 @@ static int64_t wait_and_take(ends_object *ends, target *into, int64_t deadline_n
 }
 
 static int64_t take_waiting(ends_object *ends, target *into, double seconds) {
-    int64_t rc, deadline_ns = deadline_after(seconds);
+    int64_t rc, deadline_ns = hot_deadline(seconds);
     use_waiting(ends);
     ends->receivers++;
     for (;;) {
@@ -908,7 +900,7 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
                     ring->largest < ends->max_message ? ring->largest : ends->max_message);
     show(ends, SEND); /* until commit() or cancel() */
     int rc = ik_ring_wait_room(ring, (uint64_t)len, IK_NOW);
-    int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
+    int64_t deadline_ns = rc == -ETIMEDOUT ? hot_deadline(seconds) : IK_NOW;
     use_waiting(ends);
     while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {
         WITHOUT_GIL(ends, rc = ik_ring_wait_room(ring, (uint64_t)len, deadline_ns));
@@ -971,7 +963,7 @@ static PyObject *ends_peek(PyObject *self, PyObject *const *args, Py_ssize_t cou
                     ring->largest);
     show(ends, RECV); /* until release() or keep() */
     int rc = ik_ring_wait_message(ring, IK_NOW);
-    int64_t deadline_ns = rc == -ETIMEDOUT ? deadline_after(seconds) : IK_NOW;
+    int64_t deadline_ns = rc == -ETIMEDOUT ? hot_deadline(seconds) : IK_NOW;
     use_waiting(ends);
     ends->receivers++;
     while ((rc == -ETIMEDOUT && seconds > 0) || rc == -EINTR) {

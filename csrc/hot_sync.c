@@ -102,10 +102,7 @@ static bool read_deadline(PyObject *timeout, int64_t *ret_deadline) {
         PyErr_Format(PyExc_ValueError, "timeout must be None or seconds, not %R", timeout);
         return false;
     }
-    if (seconds <= 0)
-        *ret_deadline = IK_NOW;
-    else if (seconds < 1e9)
-        *ret_deadline = ik_wait_now() + (int64_t)(seconds * 1e9);
+    *ret_deadline = hot_deadline(seconds < 0 ? 0 : seconds);
     return true;
 }
 

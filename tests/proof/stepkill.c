@@ -398,6 +398,14 @@ static bool has_received(void) {
     return stats.received == 1;
 }
 
+static void the_rest_is_received(int64_t begun) {
+    expect(receive(in_a_second()) == 2, "the second message is lost");
+    expect(receive(in_a_second()) == SLEEPERS, "the sleeper's message is lost");
+    calls_too_long(begun);
+    expect(within_a_second(sleeper_ended) && world->ended == 0, "the sleeper was not acknowledged");
+    expect(receive(IK_NOW) == -ETIMEDOUT && is_all_received(), "counts do not agree");
+}
+
 /* The sleeper is a sender, the victim a receiver of the first of two messages. */
 static void receiver_was_killed(void) {
     bool consumed = has_received();
@@ -410,11 +418,7 @@ static void receiver_was_killed(void) {
         expect(receive(in_a_second()) == 1, "what was not received is lost");
         count_delivery(ik_wait_now());
     }
-    expect(receive(in_a_second()) == 2, "the second message is lost");
-    expect(receive(in_a_second()) == SLEEPERS, "the sleeper's message is lost");
-    calls_too_long(begun);
-    expect(within_a_second(sleeper_ended) && world->ended == 0, "the sleeper was not acknowledged");
-    expect(receive(IK_NOW) == -ETIMEDOUT && is_all_received(), "counts do not agree");
+    the_rest_is_received(begun);
 }
 
 /* The same, of a long message, all of which is in the ring. */
@@ -423,11 +427,7 @@ static void receiver_of_long_was_killed(void) {
     if (!has_received())
         expect(receive(in_a_second()) == 1, "what was not received is lost");
     count_delivery(ik_wait_now());
-    expect(receive(in_a_second()) == 2, "the second message is lost");
-    expect(receive(in_a_second()) == SLEEPERS, "the sleeper's message is lost");
-    calls_too_long(begun);
-    expect(within_a_second(sleeper_ended) && world->ended == 0, "the sleeper was not acknowledged");
-    expect(receive(IK_NOW) == -ETIMEDOUT && is_all_received(), "counts do not agree");
+    the_rest_is_received(begun);
 }
 
 /* Its sender lives, and stays until somebody has received all of it. */
