@@ -26,7 +26,20 @@ from typing import TYPE_CHECKING, Any
 from ipckit import registry
 from ipckit.errors import Closed, check
 
-__all__ = ["Mapping", "SharedMemory", "Views", "allocate", "check_file", "check_regular", "fault_in"]
+__all__ = [
+    "Mapping",
+    "SharedMemory",
+    "Views",
+    "allocate",
+    "check_file",
+    "check_name",
+    "check_regular",
+    "fault_in",
+    "look_at",
+    "naming",
+    "open_seen",
+    "unnamed",
+]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +54,7 @@ _SMALL = 2 << 20
 _MADV_POPULATE_WRITE = 23  # in mmap from Python 3.14 on
 
 
-class _naming:
+class naming:
     """The OSError of a bare system call, told again with what it was about.
 
     Not contextlib's, whose errors are cycles in 3.13, which would keep a dropped handle from going.
@@ -179,7 +192,7 @@ class Mapping(Views):
         self.readonly = readonly
         self._what = what
         protection = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
-        with _naming(f"mapping {what}"):
+        with naming(f"mapping {what}"):
             self._pages = mmap.mmap(fd, size, mmap.MAP_SHARED, protection, **_UNTRACKED)
         self._fd = fd
 
@@ -234,7 +247,7 @@ def allocate(fd: int, size: int, what: str) -> None:
         # In steps, between which signal handlers run: some kernels don't let a signal interrupt the call,
         # others then give up all of it, so that one for the whole might never end beside a fast timer.
         for start in range(0, size, _STEP):
-            with _naming(what):
+            with naming(what):
                 os.posix_fallocate(fd, start, min(_STEP, size - start))
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -302,9 +315,8 @@ class SharedMemory(Mapping):
             raise ValueError("exclusive is for memory to be made: it needs create=True")
         if name is None:
             self._make(size)
-        elif not _NAME.fullmatch(name):
-            raise ValueError(f"name must be 1 to 200 letters, digits and ._-, not {name!r}")
         else:
+            check_name(name)
             with registry.entering():
                 self._enter(name, size, create, exclusive, readonly)
 
@@ -368,7 +380,7 @@ class SharedMemory(Mapping):
             another size than *size* or none; OSError EBADF; as Mapping, EPERM for a seal against writing.
         """
         what = f"descriptor {fd}"
-        with _naming(what):
+        with naming(what):
             found = os.fstat(fd)
         try:
             _examine(fd, found, readonly, unsealed)
@@ -391,7 +403,7 @@ class SharedMemory(Mapping):
         # An own open file, as a child after fork shares ours and its lock.
         guard = self.readonly_fd()
         try:
-            with registry.entering(), _naming(self._what):
+            with registry.entering(), naming(self._what):
                 fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._unlink(registry.folder())
         finally:
@@ -458,7 +470,7 @@ def _file(name: str) -> str:
 def _sealed(size: int, what: str) -> int:
     """A new memfd of *size* bytes that nobody can truncate any more."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    with _naming(what):
+    with naming(what):
         try:
             fd = os.memfd_create("ipckit", flags | _MFD_NOEXEC_SEAL)
         except OSError as error:
@@ -477,15 +489,12 @@ def _sealed(size: int, what: str) -> int:
 
 
 def _create(at: int, name: str, size: "int | None", what: str) -> int:
-    """Made without a name and named when it is whole, so that nobody finds it half-made."""
+    """Named when it is whole, so that nobody finds it half-made."""
     if size is None:
         raise ValueError(f"{what} can't be made without a size")
-    with _naming(what):
-        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=at)
+    fd = unnamed(at, size, what)
     try:
-        os.fchmod(fd, 0o600)  # whatever the umask
-        allocate(fd, size, f"{what} of {size} bytes")
-        with _naming(what):
+        with naming(what):
             os.link(f"/proc/self/fd/{fd}", _file(name), dst_dir_fd=at)
     except BaseException:
         os.close(fd)
@@ -494,18 +503,56 @@ def _create(at: int, name: str, size: "int | None", what: str) -> int:
 
 
 def _open(at: int, name: str, size: "int | None", readonly: bool, what: str) -> int:
-    """Looked at before it is opened: opening a pipe or a device can do something to it."""
-    with _naming(what):
-        seen = os.open(_file(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    seen, found = look_at(at, _file(name), what)
+    try:
+        _has_size(found, size, what)
+        return open_seen(seen, os.O_RDONLY if readonly else os.O_RDWR, what)
+    finally:
+        os.close(seen)
+
+
+# --- files in a folder ---------------------------------------------------------------------------
+
+
+def check_name(name: str) -> None:
+    """Raises: ValueError for what can't be the name of a thing of ours."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"name must be 1 to 200 letters, digits and ._-, not {name!r}")
+
+
+def unnamed(at: int, size: int, what: str) -> int:
+    """A new file of the folder *at*, without a name yet, allocated. Its descriptor is the caller's."""
+    with naming(what):
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=at)
+    try:
+        os.fchmod(fd, 0o600)  # whatever the umask
+        allocate(fd, size, f"{what} of {size} bytes")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def look_at(at: int, file: str, what: str) -> "tuple[int, os.stat_result]":
+    """A descriptor for open_seen(), owned by the caller, and what it is of: a file that check_file() passes.
+
+    Looked at before it is opened: opening a pipe or a device can do something to it.
+    """
+    with naming(what):
+        seen = os.open(file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
     try:
         found = os.fstat(seen)
         check_file(found, what)
-        _has_size(found, size, what)
-        with _naming(what):
-            flags = os.O_RDONLY if readonly else os.O_RDWR
-            return os.open(f"/proc/self/fd/{seen}", flags | os.O_CLOEXEC)
-    finally:
+    except BaseException:
         os.close(seen)
+        raise
+    return seen, found
+
+
+def open_seen(seen: int, flags: int, what: str) -> int:
+    """Open the very file that look_at() saw."""
+    with naming(what):
+        return os.open(f"/proc/self/fd/{seen}", flags | os.O_CLOEXEC)
 
 
 # --- what is not ours is not used ----------------------------------------------------------------

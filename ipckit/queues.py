@@ -17,7 +17,6 @@ import errno
 import fcntl
 import os
 import pickle
-import re
 import stat
 import sys
 import threading
@@ -33,7 +32,7 @@ from ipckit import registry, wait
 from ipckit._hot import QueueEnds
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, check
-from ipckit.memory import Mapping, SharedMemory, allocate, check_file
+from ipckit.memory import Mapping, SharedMemory, check_name, look_at, naming, open_seen, unnamed
 from ipckit.ring import (
     DEFAULT_CAPACITY,
     DEFAULT_MAX_MESSAGE,
@@ -68,7 +67,6 @@ _PRODUCER: int = lib.IK_QUEUE_PRODUCER
 _CONSUMER: int = lib.IK_QUEUE_CONSUMER
 _ROLES = {None: 0, "producer": _PRODUCER, "consumer": _CONSUMER}
 _TABLE: int = lib.IK_QUEUE_MEMORY
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}")
 _SENDING = ("put", "send", "send_many", "reserve", "asend")
 _AT_ONCE = 1024  # messages that one call receives
 _LOOK = 0.4  # seconds between two looks of a waiting consumer for producers that died
@@ -546,8 +544,7 @@ class Queue(QueueEnds, Ends):
             ENFILE; PermissionError (EPERM) and OSError ELOOP, EISDIR, EINVAL for what has the name and is
             not ours; TimeoutError (ETIMEDOUT) if the registry was locked for 10 s.
         """
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"name must be 1 to 200 letters, digits and ._-, not {name!r}")
+        check_name(name)
         roles = _roles_of(role)
         if exclusive and not create:
             raise ValueError("exclusive is for a queue to be made: it needs create=True")
@@ -598,7 +595,7 @@ class Queue(QueueEnds, Ends):
         # An own open file, as a child after fork shares ours and its lock.
         guard = self._memory.readonly_fd()
         try:
-            with registry.entering(), _folder() as at, _naming(self._what):
+            with registry.entering(), _folder() as at, naming(self._what):
                 fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 found = os.stat(_file(self.name), dir_fd=at, follow_symlinks=False)
                 if registry.birth_of(found) != self._birth:
@@ -713,17 +710,6 @@ def _holder(thread: int) -> "tuple[int, int] | None":
 
 
 @contextmanager
-def _naming(what: str) -> "Iterator[None]":
-    """The OSError of a bare system call, told again with what it was about."""
-    try:
-        yield
-    except OSError as error:
-        if not error.errno:
-            raise
-        check(-error.errno, what)
-
-
-@contextmanager
 def _folder() -> "Iterator[int]":
     at = registry.folder()
     try:
@@ -754,11 +740,8 @@ def _remove_bells(at: int, inode: int) -> None:
 
 def _create(at: int, name: str, size: int, maxsize: int, what: str) -> "tuple[Mapping, tuple[int, int]]":
     """Made without a name, and named when it is whole with its bells."""
-    with _naming(what):
-        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=at)
+    fd = unnamed(at, size, what)
     try:
-        os.fchmod(fd, 0o600)  # whatever the umask
-        allocate(fd, size, f"{what} of {size} bytes")
         memory = Mapping(fd, size, what)
     except BaseException:
         os.close(fd)
@@ -767,11 +750,11 @@ def _create(at: int, name: str, size: int, maxsize: int, what: str) -> "tuple[Ma
     try:
         _format(memory.buf, maxsize)
         for bell in _bells(inode):
-            with _naming(what), suppress(FileExistsError):  # of one killed just here, of the same inode
+            with naming(what), suppress(FileExistsError):  # of one killed just here, of the same inode
                 os.mkfifo(bell, 0o600, dir_fd=at)
         bells = _open_bells(at, inode, what)
         try:
-            with _naming(what):
+            with naming(what):
                 os.link(f"/proc/self/fd/{fd}", _file(name), dst_dir_fd=at)
         except BaseException:
             _close(bells)
@@ -784,18 +767,13 @@ def _create(at: int, name: str, size: int, maxsize: int, what: str) -> "tuple[Ma
 
 
 def _find(at: int, name: str, what: str) -> "tuple[Mapping, tuple[int, int]]":
-    """Looked at before it is opened: opening a pipe or a device can do something to it."""
-    with _naming(what):
-        seen = os.open(_file(name), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    seen, found = look_at(at, _file(name), what)
     try:
-        found = os.fstat(seen)
-        check_file(found, what)
         if found.st_size < _TABLE + memory_size(1):
             raise Corrupt(f"{what} has {found.st_size} bytes, too few for a queue")
         bells = _open_bells(at, found.st_ino, what)
         try:
-            with _naming(what):
-                fd = os.open(f"/proc/self/fd/{seen}", os.O_RDWR | os.O_CLOEXEC)
+            fd = open_seen(seen, os.O_RDWR, what)
             try:
                 return Mapping(fd, found.st_size, what), bells
             except BaseException:
@@ -820,7 +798,7 @@ def _open_bells(at: int, inode: int, what: str) -> "tuple[int, int]":
 
 def _open_bell(at: int, bell: str, what: str) -> int:
     """Reading and writing, so that opening it waits for nobody and it never is at its end."""
-    with _naming(f"{what}: {bell}"):
+    with naming(f"{what}: {bell}"):
         fd = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
     found = os.fstat(fd)
     if not stat.S_ISFIFO(found.st_mode) or found.st_uid != os.geteuid():

@@ -5,7 +5,19 @@ import ipckit
 
 # Too general a name at the top, or of use to those only who know the room: found in the room.
 IN_THE_ROOM = {
-    "memory": {"Mapping", "Views", "allocate", "check_file", "check_regular", "fault_in"},
+    "memory": {
+        "Mapping",
+        "Views",
+        "allocate",
+        "check_file",
+        "check_name",
+        "check_regular",
+        "fault_in",
+        "look_at",
+        "naming",
+        "open_seen",
+        "unnamed",
+    },
     "pipes": {"Duplex", "DuplexStats", "Reader", "Stats", "Writer"},
     "process": {"NativeMemory"},
     "queues": {"Codec", "Participant"},
