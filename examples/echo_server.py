@@ -8,7 +8,8 @@ import signal
 import sys
 
 import ipckit
-from ipckit.servers.fork import ForkServer, listen
+from ipckit.servers import listen
+from ipckit.servers.fork import ForkServer
 
 
 def main(port: int, path: str) -> None:

@@ -128,10 +128,16 @@ def recv_exact(connection, size):
     return bytes(got)
 
 
-def exchange(connection, data):
-    """Send *data*, get as much back."""
+def exchange(connection, data, size=None):
+    """Send *data*, get as much back, or *size* bytes."""
     connection.sendall(data)
-    return recv_exact(connection, len(data))
+    return recv_exact(connection, len(data) if size is None else size)
+
+
+def half_close_and_drain(connection):
+    """End our side; what still comes."""
+    connection.shutdown(socket.SHUT_WR)
+    return recv_exact(connection, 1 << 30)
 
 
 def streams(path):

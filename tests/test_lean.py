@@ -1,5 +1,6 @@
 """Lean forks: what the child has, what it costs nobody else, and who else may fork meanwhile."""
 
+import mmap
 import os
 import re
 import signal
@@ -95,20 +96,22 @@ def test_marks_of_others_are_left_alone(forked, tmp_path):
 def test_from_several_threads_beside_ordinary_forks():
     """In a process of its own: lean forks and Python's forks race, and every child works."""
     script = """
-import os, threading, warnings
+import mmap, os, threading, warnings
 from ipckit._native import ffi, lib
 from ipckit.process import NativeMemory, fork_native
 warnings.simplefilter("ignore")
 memory = NativeMemory("ik_log")
-echo = ffi.addressof(lib, "ik_echo_run")
+echo = ffi.addressof(lib, "ik_connection_child")
 bad = []
 def lean():
-    job = NativeMemory("ik_echo_job")
+    job = NativeMemory("ik_connection_job")
+    shared = mmap.mmap(-1, ffi.sizeof("ik_server_counters"))
+    job.argument.connection.counters = ffi.from_buffer("ik_server_counters *", shared)
     for _ in range(150):
         left, right = os.pipe()  # not a socket: the service ends with "reset" at once
-        job.argument.echo.socket = left
+        job.argument.connection.socket = left
         with fork_native(echo, job.argument, keep=[left], memory=job) as child:
-            if child.wait(20).code != lib.IK_ECHO_RESET: bad.append(child.status)
+            if child.wait(20).code != lib.IK_END_RESET: bad.append(child.status)
         os.close(left); os.close(right)
 def plain():
     for _ in range(60):
@@ -126,22 +129,24 @@ assert not bad, bad
 
 
 def test_the_argument_is_the_child_s_own_copy(log):
-    job = NativeMemory("ik_echo_job")
+    job = NativeMemory("ik_connection_job")
     left, right = os.pipe()
-    job.argument.echo.socket = left
-    child = fork_native(ffi.addressof(lib, "ik_echo_run"), job.argument, keep=[left], memory=job)
-    job.argument.echo.socket = -1
-    assert child.wait(20).code == lib.IK_ECHO_RESET
+    shared = mmap.mmap(-1, ffi.sizeof("ik_server_counters"))
+    job.argument.connection.counters = ffi.from_buffer("ik_server_counters *", shared)
+    job.argument.connection.socket = left
+    child = fork_native(ffi.addressof(lib, "ik_connection_child"), job.argument, keep=[left], memory=job)
+    job.argument.connection.socket = -1
+    assert child.wait(20).code == lib.IK_END_RESET
     child.close()
     for fd in (left, right):
         os.close(fd)
 
 
 def test_too_many_descriptors():
-    job = NativeMemory("ik_echo_job")
+    job = NativeMemory("ik_connection_job")
     fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(65)]
     with pytest.raises(ValueError, match="at most 64 descriptors with memory, not 65"):
-        fork_native(ffi.addressof(lib, "ik_echo_run"), job.argument, keep=fds, memory=job)
+        fork_native(ffi.addressof(lib, "ik_connection_child"), job.argument, keep=fds, memory=job)
     for fd in fds:
         os.close(fd)
 

@@ -13,15 +13,11 @@ from pathlib import Path
 
 import pytest
 from conftest import eventually
-from serving import BENCH, Served, exchange, recv_exact, streams, wait_gone
+from serving import BENCH, Served, exchange, half_close_and_drain, recv_exact, streams, wait_gone
 
 from ipckit.messagelog import MessageLog
-from ipckit.servers.fork import ForkServer, listen
-
-
-def half_close_and_drain(connection):
-    connection.shutdown(socket.SHUT_WR)
-    return recv_exact(connection, 1 << 30)
+from ipckit.servers import listen
+from ipckit.servers.fork import ForkServer
 
 
 def test_it_echoes_logs_and_stops(tmp_path):
@@ -357,4 +353,4 @@ def test_the_example(tmp_path):
         eventually(lambda: (tmp_path / "log").read_bytes() == b"hello\n")
         server.terminate()
         assert server.wait(20) == 0
-        assert "connections=1, echoes=1, bytes=6" in server.stdout.read()
+        assert "connections=1, open=0, echoes=1, bytes=6" in server.stdout.read()

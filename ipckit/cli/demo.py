@@ -13,7 +13,8 @@ from rich.table import Table
 from ipckit.messagelog import MessageLog
 from ipckit.pipes import Reader, Writer, pipe
 from ipckit.process import Child, fork
-from ipckit.servers.fork import ForkServer, listen
+from ipckit.servers import listen
+from ipckit.servers.fork import ForkServer
 from ipckit.signals import blocked
 
 _FIRST_LINES = 8

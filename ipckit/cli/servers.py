@@ -9,8 +9,9 @@ import click
 
 from ipckit.cli.commands import group, one_line
 from ipckit.messagelog import MessageLog
+from ipckit.servers import ServerStats, listen
 from ipckit.servers import client as split_client
-from ipckit.servers.fork import ForkServer, ServerStats, listen
+from ipckit.servers.fork import ForkServer
 from ipckit.signals import blocked, sigaction
 
 _SECONDS = click.FloatRange(min=0, min_open=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The textbook's concurrent echo server: one process per connection, and a logger child.
+"""The textbook's concurrent server: one process per connection, and a logger child.
 
 ::
 
@@ -9,230 +9,127 @@
 Every message reaches the log before its echo reaches the client.
 """
 
-import errno
-import logging
-import mmap
 import os
-import select
 import signal
 import socket
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
-from ipckit import wait
 from ipckit._native import ffi, lib
-from ipckit.messagelog import LogStats, MessageLog
-from ipckit.process import ExitStatus, NativeMemory, Reaper, fork_native
-from ipckit.signals import SignalQueue
+from ipckit.messagelog import MessageLog
+from ipckit.process import Child, NativeMemory, Reaper, fork, fork_native
+from ipckit.servers.connection import ENDS, Connection, accept, new_block
+from ipckit.servers.loop import READ
+from ipckit.servers.server import Server
 
-__all__ = ["ForkServer", "ServerStats", "listen"]
+__all__ = ["ForkServer"]
 
-_ECHO = ffi.addressof(lib, "ik_echo_run")
-_ENDS = {
-    lib.IK_ECHO_DONE: "done",
-    lib.IK_ECHO_IDLE: "idle",
-    lib.IK_ECHO_NOT_READ: "not read",
-    lib.IK_ECHO_RESET: "reset",
-    lib.IK_ECHO_LOG_FAILED: "log failed",
-}
-# accept(2): errors of the one connection, not of the listener; the next one may do.
-_TRY_NEXT = {
-    errno.ECONNABORTED, errno.EPROTO, errno.ENOPROTOOPT, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENONET, errno.EPERM, errno.ETIMEDOUT,
-}  # fmt: skip
-# Out of descriptors, memory or processes: it passes when some connection ends.
-_SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
-_PAUSE = 0.1
-
-_log = logging.getLogger(__name__)
+_CHILD = ffi.addressof(lib, "ik_connection_child")
 
 
-@dataclass(frozen=True)
-class ServerStats:
-    """What a server did, from its start."""
+class ForkServer(Server):
+    """Serve each connection by a process of its own.
 
-    connections: int
-    echoes: int
-    bytes: int
-    ends: "dict[str, int]"
-    """how the connections ended: done, idle, not read, reset, log failed, killed"""
-    log: LogStats | None
-
-
-def listen(host: str = "127.0.0.1", port: int = 0, *, backlog: int = socket.SOMAXCONN) -> socket.socket:
-    """A listening TCP socket, IPv4 or IPv6 as *host* resolves; port 0 lets the kernel choose.
-
-    Raises: OSError EADDRINUSE, EACCES, ...; socket.gaierror for an unknown host. See listen(2).
+    Args: max_children: at that many connections at a time the next ones wait in the backlog.
+        The others: see Server.
     """
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Inherited by the connections: an answer in two pieces must not wait for an acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.bind(address)
-        listener.listen(backlog)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
 
-
-def _endpoint(address: "tuple[str, int] | tuple[str, int, int, int]") -> str:
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class ForkServer:
-    """Serve *listener*'s connections, a process each, logging to *log* before echoing.
-
-    Args: listener: a listening stream socket; made non-blocking, closed at the stop.
-        log: the message log, or None; stays open.
-        max_children: at that many connections at a time the next ones wait in the backlog.
-        idle_timeout: seconds after which a silent client, or one that takes none of its answer, is
-            closed, or up to a quarter later; None: never.
-    """
+    model: ClassVar[str] = "fork"
 
     def __init__(
         self,
-        listener: socket.socket,
-        log: MessageLog | None,
+        listeners: "socket.socket | Sequence[socket.socket]",
+        log: MessageLog | None = None,
         *,
         max_children: int = 64,
-        idle_timeout: float | None = 60.0,
+        **options: Any,
     ) -> None:
         if max_children < 1:
             raise ValueError(f"max_children must be at least 1, not {max_children}")
-        if idle_timeout is not None and not idle_timeout > 0:
-            raise ValueError(f"idle_timeout must be None or more than 0 seconds, not {idle_timeout!r}")
-        self._listener = listener
-        self._log = log
-        self._max_children = max_children
-        self._connections = 0
-        self._held: tuple[socket.socket, str] | None = None  # accepted, but not forked for yet
-        self._ends: Counter[str] = Counter()
-        self._paused_until = 0.0
-        self._last_warning = 0.0
-        self._counted = mmap.mmap(-1, ffi.sizeof("ik_echo_counters"))  # shared with the children
-        self._counters = ffi.from_buffer("ik_echo_counters *", self._counted)
+        super().__init__(listeners, log, **options)
+        self._max_connections = min(max_children, self._max_connections)
+        self._reaper = Reaper()
+        self._clients: dict[Child, tuple[int, str]] = {}
+        self._held = False  # a connection is accepted, but not forked for yet
         # One for all: each child gets it as it stood at its fork.
-        self._memory = NativeMemory("ik_echo_job")
+        self._memory = NativeMemory("ik_connection_job")
         self._job = self._memory.argument
-        self._job.echo.idle_ns = int((idle_timeout or 0) * 1e9)
-        self._job.echo.peer = self._job.peer
-        self._job.echo.counters = self._counters
+        self._native = ffi.addressof(self._job, "connection")
         if log:
             self._job.log = log.native[0]
-            self._job.echo.log = ffi.addressof(self._job, "log")
 
-    def serve(self, *, stop_timeout: float | None = 10.0) -> None:
-        """Serve until SIGTERM or SIGINT; then accept no more, let the children finish, return.
+    def _open(self) -> int:
+        return len(self._reaper) + self._held
 
-        On the signal each child echoes and logs what has come already. Those that have not ended
-        after *stop_timeout* seconds are killed. Call it in the main thread, before others start:
-        both signals are blocked meanwhile and taken by a descriptor.
-        """
-        self._listener.setblocking(False)
-        with SignalQueue([signal.SIGTERM, signal.SIGINT]) as signals, Reaper() as reaper:
-            try:
-                self._serve_until(signals, reaper)
-            finally:
-                self._listener.close()
-                if self._held is not None:
-                    self._held[0].close()
-                self._stop(reaper, wait.deadline(stop_timeout))
+    def _workers(self) -> int:
+        return len(self._reaper)
 
-    def _serve_until(self, signals: SignalQueue, reaper: Reaper) -> None:
-        while True:
-            pause = self._paused_until - time.monotonic()
-            listening = pause <= 0 and len(reaper) < self._max_children
-            patience = 0.0 if listening and self._held else pause if pause > 0 else None
-            ready = self._wait(reaper, [signals, self._listener] if listening else [signals], patience)
-            if signals.fileno() in ready:
-                signals.recv_many(timeout=0)
-                return
-            if listening and (self._held or self._listener.fileno() in ready):
-                self._accept(reaper)
+    def _begin(self) -> None:
+        self.loop.watch(self._reaper, READ, self._reap)
 
-    def _wait(
-        self, reaper: Reaper, others: "list[SignalQueue | socket.socket]", seconds: float | None
-    ) -> set[int]:
-        """Wait for *others*, for our children and our logger; see to those two; the ready descriptors."""
-        poll = select.poll()
-        for source in (reaper, *others, *([self._log] if self._log else [])):
-            poll.register(source, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(None if seconds is None else seconds * 1000)}
-        if reaper.fileno() in ready:
-            for _, status in reaper.reap():
-                self._ends[self._how(status)] += 1
-                self._paused_until = 0.0  # now there is one of what was short
-        if self._log and self._log.fileno() in ready:
-            self._log.supervise()
-        return ready
+    def _arrived(self, listener: socket.socket) -> None:
+        self._terms.fill(self._native)
+        if self._log:
+            self._native.log = ffi.addressof(self._job, "log")
+        if self._try("accept", lambda: accept(self._native, listener)):
+            self._held = True
+            self._fork()
+            self._listen()
 
-    @staticmethod
-    def _how(status: ExitStatus) -> str:
-        return _ENDS.get(status.code, str(status)) if status.exited else "killed"
+    def _fork(self) -> None:
+        """A child for the connection that was accepted; then the parent closes its copy."""
+        child = self._try("fork", self._start_child)
+        if child is None:  # it is tried again after the pause
+            return
+        connection = Connection(self._terms, self._native, None)
+        self._clients[self._reaper.add(child)] = (connection.number, connection.peer)
+        self._started(connection)
+        self._let_go()
 
-    def _accept(self, reaper: Reaper) -> None:
-        if self._held is None:
-            self._held = self._next_connection()
-        if self._held is not None and self._fork(*self._held, reaper):
-            self._held[0].close()  # the parent's copy; the child has its own
-            self._held = None
-
-    def _next_connection(self) -> "tuple[socket.socket, str] | None":
-        try:
-            connection, address = self._listener.accept()
-        except BlockingIOError:  # the client has gone again
-            return None
-        except OSError as error:
-            if error.errno in _SHORTAGE:
-                self._pause("accept", error)
-            elif error.errno not in _TRY_NEXT:
-                raise
-            return None
-        self._connections += 1
-        return connection, _endpoint(address)
-
-    def _fork(self, connection: socket.socket, peer: str, reaper: Reaper) -> bool:
-        job = self._job
-        job.echo.socket = connection.fileno()
-        job.echo.connection = self._connections
-        job.peer = peer.encode()
-        keep = (connection, job.log.writer, job.log.wake) if self._log else (connection,)
-        try:
-            reaper.add(fork_native(_ECHO, job, keep=keep, memory=self._memory))
-        except OSError as error:
-            self._pause("fork", error)
-            return False
-        return True
-
-    def _pause(self, call: str, error: OSError) -> None:
-        """Leave the backlog alone for a moment, or it would wake us without end; say so once a second."""
-        now = time.monotonic()
-        self._paused_until = now + _PAUSE
-        if now - self._last_warning >= 1:
-            self._last_warning = now
-            _log.warning("%s: %s; new connections wait", call, os.strerror(error.errno or 0))
-
-    def _stop(self, reaper: Reaper, deadline_ns: int) -> None:
-        reaper.send_signal(signal.SIGTERM)
-        while len(reaper) and wait.remaining(deadline_ns) != 0:
-            self._wait(reaper, [], wait.remaining(deadline_ns))
-        reaper.send_signal(signal.SIGKILL)
-        while len(reaper):
-            self._wait(reaper, [], None)
-
-    def stats(self) -> ServerStats:
-        """The counters of this moment."""
-        return ServerStats(
-            connections=self._connections,
-            echoes=self._counters.echoes,
-            bytes=self._counters.bytes,
-            ends=dict(self._ends),
-            log=self._log.stats() if self._log else None,
+    def _start_child(self) -> Child:
+        keep = (
+            (self._native.socket, self._job.log.writer, self._job.log.wake)
+            if self._log
+            else (self._native.socket,)
         )
+        if self._terms.native_service:
+            return fork_native(_CHILD, self._job, keep=keep, memory=self._memory)
+        return fork(self._serve_in_child, die_with_parent=True)
+
+    def _serve_in_child(self) -> int:
+        for listener in self.listeners:
+            listener.close()
+        lib.ik_connection_guard(self._native)
+        return Connection(self._terms, self._native, new_block()).run()
+
+    def _let_go(self) -> None:
+        os.close(self._native.socket)
+        self._held = False
+
+    def _go_on(self) -> None:
+        super()._go_on()
+        if self._held:
+            self._fork()
+
+    def _reap(self, _: int = 0) -> None:
+        for child, status in self._reaper.reap():
+            self._killed += status.signaled
+            self._ended(
+                *self._clients.pop(child), "killed" if status.signaled else ENDS.get(status.code or 0)
+            )
+        if self._paused:  # now there is one of what was short
+            self._go_on()
+        else:
+            self._listen()
+
+    def _end(self, deadline: float) -> None:
+        if self._held:
+            self._let_go()
+        self._reaper.send_signal(signal.SIGTERM)
+        while len(self._reaper) and time.monotonic() < deadline:
+            self.loop.turn(deadline)
+        self._reaper.send_signal(signal.SIGKILL)
+        while len(self._reaper):
+            self.loop.turn()
+        self._reaper.close()

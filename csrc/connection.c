@@ -1,0 +1,417 @@
+/* SPDX-License-Identifier: MIT */
+#include "connection.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/sockios.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+#include "process.h"
+#include "wait.h"
+
+/* A record of so many bytes is, as base64 with its head, no longer than PIPE_BUF. */
+enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880, LINGER_NS = 500000000, MOMENT_NS = 1000000 };
+_Static_assert(sizeof((ik_server_counters *)0)->ends / sizeof(uint64_t) == IK_ENDS, "one for each");
+_Static_assert((int)RAW_PIECE == (int)IK_PIECE, "a piece of a raw log is one atomic write");
+
+enum state { READING, LOGGING, ANSWERING, SENDING, LINGERING };
+
+static void count(uint64_t *counter, uint64_t n) {
+    __atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
+/* Words that a signal handler or another thread sets. */
+static int get(const int *word) {
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+static void set(int *word, int value) {
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
+
+/* --- who it is ---------------------------------------------------------------------------------*/
+
+/* By hand, not by inet_ntop and printf: what those need of the locale lies in the memory of the
+ * interpreter, which a child forked lean does not have. */
+static char *put_number(char *to, unsigned number, unsigned base) {
+    char reversed[12];
+    int n = 0;
+    do
+        reversed[n++] = "0123456789abcdef"[number % base];
+    while ((number /= base) > 0);
+    while (n > 0)
+        *to++ = reversed[--n];
+    return to;
+}
+
+static char *put_ipv4(char *to, const unsigned char *bytes) {
+    for (int i = 0; i < 4; i++) {
+        to = put_number(to, bytes[i], 10);
+        *to++ = '.';
+    }
+    return to - 1;
+}
+
+static unsigned group(const unsigned char *bytes, int i) {
+    return (unsigned)bytes[2 * i] << 8 | bytes[2 * i + 1];
+}
+
+/* The longest run of two or more zero groups, which is left out (RFC 5952). */
+static int longest_zeros(const unsigned char *bytes, int *ret_start) {
+    int most = 1;
+    for (int i = 0, run = 0; i < 8; i++) {
+        run = group(bytes, i) == 0 ? run + 1 : 0;
+        if (run > most) {
+            most = run;
+            *ret_start = i + 1 - run;
+        }
+    }
+    return most > 1 ? most : 0;
+}
+
+static char *put_ipv6(char *to, const unsigned char *bytes) {
+    int start = -1, zeros = longest_zeros(bytes, &start);
+    for (int i = 0; i < 8; i++) {
+        if (zeros && i == start) {
+            to = stpcpy(to, i == 0 ? "::" : ":");
+            i += zeros - 1;
+            continue;
+        }
+        to = put_number(to, group(bytes, i), 16);
+        if (i < 7)
+            *to++ = ':';
+    }
+    return to;
+}
+
+static void name_unix_peer(char *to, int socket) {
+    struct ucred who;
+    socklen_t len = sizeof who;
+    if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &who, &len) < 0)
+        who = (struct ucred){0};
+    to = put_number(stpcpy(to, "pid "), (unsigned)who.pid, 10);
+    *put_number(stpcpy(to, " uid "), who.uid, 10) = '\0';
+}
+
+static void name_peer(ik_connection *c, const struct sockaddr_storage *address) {
+    char *to = c->peer;
+    in_port_t port;
+    if (address->ss_family == AF_INET) {
+        const struct sockaddr_in *in = (const struct sockaddr_in *)address;
+        to = put_ipv4(to, (const unsigned char *)&in->sin_addr);
+        port = in->sin_port;
+    } else if (address->ss_family == AF_INET6) {
+        const struct sockaddr_in6 *in = (const struct sockaddr_in6 *)address;
+        to = stpcpy(put_ipv6(stpcpy(to, "["), in->sin6_addr.s6_addr), "]");
+        port = in->sin6_port;
+    } else {
+        name_unix_peer(to, c->socket);
+        return;
+    }
+    *to++ = ':';
+    *put_number(to, ntohs(port), 10) = '\0';
+}
+
+int ik_connection_accept(ik_connection *c, int listener) {
+    struct sockaddr_storage address;
+    socklen_t len = sizeof address;
+    c->socket = accept4(listener, (struct sockaddr *)&address, &len, SOCK_CLOEXEC);
+    if (c->socket < 0)
+        return -errno;
+    name_peer(c, &address);
+    c->end = IK_END_OPEN;
+    c->began_ns = c->quiet_since_ns = ik_wait_now();
+    c->number = __atomic_add_fetch(&c->counters->accepted, 1, __ATOMIC_RELAXED);
+    return 0;
+}
+
+/* --- a piece -----------------------------------------------------------------------------------*/
+
+int ik_connection_abort(ik_connection *c, int end) {
+    c->end = end;
+    return IK_STEP_ENDED;
+}
+
+/* recv or send failed, or there was end of file: why that is. */
+static int broken(ik_connection *c, int when_idle, int otherwise) {
+    int expired = get(&c->expired);
+    return ik_connection_abort(c, expired == IK_END_IDLE ? when_idle : expired ? expired : otherwise);
+}
+
+static int end_in_order(ik_connection *c) {
+    c->end = get(&c->expired) ? get(&c->expired) : IK_END_DONE;
+    /* Closing a socket with unread input sends a reset, which may overtake our last answer. */
+    if (c->end != IK_END_DONE || !(get(&c->stopping) || c->closing))
+        return IK_STEP_ENDED;
+    c->state = LINGERING;
+    c->linger_until_ns = ik_wait_now() + LINGER_NS;
+    return IK_STEP_LINGER;
+}
+
+static int receive(ik_connection *c, char *block) {
+    size_t most = c->log && c->log->format == IK_LOG_RECORD ? RECORD_PIECE : RAW_PIECE;
+    ssize_t n;
+    do
+        n = recv(c->socket, block, most, c->blocking ? 0 : MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    if (n < 0 && errno == EAGAIN)
+        return IK_STEP_READ;
+    if (n < 0)
+        return broken(c, IK_END_IDLE, IK_END_RESET);
+    if (n == 0 && (c->echoes || get(&c->expired)))
+        return end_in_order(c);
+    set(&c->moved, 1);
+    c->data = block;
+    c->piece_len = c->len = (size_t)n;
+    c->sent = 0;
+    c->append = (ik_append){0};
+    c->state = n > 0 && c->log ? LOGGING : ANSWERING;
+    return -EAGAIN; /* that is, go on */
+}
+
+/* Have the rest of the data survive this step, in which the block or the answer ends. */
+static int keep(ik_connection *c, int wanted) {
+    if (c->data != c->kept) {
+        char *room = malloc(c->len - c->sent);
+        if (room == NULL)
+            return ik_connection_abort(c, IK_END_NO_MEMORY);
+        memcpy(room, c->data + c->sent, c->len - c->sent);
+        c->data = c->kept = room;
+        c->len -= c->sent;
+        c->sent = 0;
+    }
+    return wanted;
+}
+
+static int append(ik_connection *c) {
+    char line[PIPE_BUF + 512];
+    c->append.data = c->data;
+    c->append.len = c->len;
+    if (c->log->format == IK_LOG_RECORD && !c->append.asked) {
+        c->append.len = ik_log_format_record(line, c->data, c->len, c->peer, c->number);
+        c->append.data = line;
+    }
+    int rc;
+    do {
+        set(&c->moved, 1); /* it is not the client that we wait for */
+        rc = ik_log_append(c->log, &c->append, c->blocking ? IK_FOREVER : IK_NOW);
+    } while (rc == -EINTR && get(&c->expired) != IK_END_CUT);
+    return rc;
+}
+
+static int log_piece(ik_connection *c) {
+    int rc = append(c);
+    if (rc == -ETIMEDOUT && !c->blocking)
+        return keep(c, c->append.asked ? IK_STEP_ACK : IK_STEP_LOG);
+    if (rc < 0) {
+        ik_log_abandon(c->log, &c->append);
+        return ik_connection_abort(c, IK_END_LOG_FAILED);
+    }
+    c->state = ANSWERING;
+    return -EAGAIN;
+}
+
+static void forget_kept(ik_connection *c) {
+    free(c->kept); /* never in a blocking connection, whose child may have no heap */
+    c->kept = NULL;
+}
+
+static int send_some(ik_connection *c) {
+    while (c->sent < c->len) {
+        ssize_t n = send(c->socket, c->data + c->sent, c->len - c->sent,
+                         MSG_NOSIGNAL | (c->blocking ? 0 : MSG_DONTWAIT));
+        if (n < 0 && errno == EAGAIN)
+            return keep(c, IK_STEP_WRITE);
+        if (n < 0 && errno != EINTR)
+            return broken(c, IK_END_NOT_READ, IK_END_RESET);
+        if (n > 0) {
+            set(&c->moved, 1);
+            c->sent += (size_t)n;
+            count(&c->counters->bytes, (uint64_t)n);
+        }
+    }
+    count(&c->counters->echoes, 1);
+    return IK_STEP_READ;
+}
+
+static int answer(ik_connection *c) {
+    int wanted = send_some(c);
+    if (wanted != IK_STEP_READ)
+        return wanted;
+    if (c->kept)
+        forget_kept(c);
+    c->state = READING;
+    return c->closing ? end_in_order(c) : IK_STEP_READ;
+}
+
+int ik_connection_step(ik_connection *c, char *block) {
+    if (c->state == READING) {
+        int wanted = receive(c, block);
+        if (wanted != -EAGAIN)
+            return wanted;
+    }
+    if (c->state == LOGGING) {
+        int wanted = log_piece(c);
+        if (wanted != -EAGAIN)
+            return wanted;
+    }
+    if (c->state == LINGERING)
+        return IK_STEP_LINGER;
+    if (c->state == ANSWERING && !c->echoes) {
+        if (c->kept) {
+            memcpy(block, c->kept, c->piece_len);
+            forget_kept(c);
+        }
+        return c->piece_len ? IK_STEP_PIECE : IK_STEP_LAST;
+    }
+    c->state = SENDING;
+    return answer(c);
+}
+
+int ik_connection_answer(ik_connection *c, const char *data, size_t len, int closing) {
+    if (len > c->max_output)
+        return ik_connection_abort(c, IK_END_TOO_MUCH);
+    c->closing = closing;
+    c->data = data;
+    c->len = len;
+    c->sent = 0;
+    c->state = SENDING;
+    if (len > 0)
+        return answer(c);
+    c->state = READING;
+    return closing ? end_in_order(c) : IK_STEP_READ;
+}
+
+/* --- deadlines and the end ---------------------------------------------------------------------*/
+
+static void expire(ik_connection *c, int why) {
+    set(&c->expired, why);
+    shutdown(c->socket, SHUT_RDWR); /* both ways, because it may be a send that waits */
+}
+
+int64_t ik_connection_tick_ns(int64_t idle_ns, int64_t total_ns) {
+    int64_t shorter = idle_ns && (!total_ns || idle_ns < total_ns) ? idle_ns : total_ns;
+    return (shorter + IK_TICKS - 1) / IK_TICKS;
+}
+
+void ik_connection_tick(ik_connection *c, int64_t now_ns) {
+    if (get(&c->moved) || get(&c->state) == LOGGING) {
+        set(&c->moved, 0);
+        c->quiet_since_ns = now_ns;
+    } else if (c->idle_ns && now_ns - c->quiet_since_ns >= c->idle_ns)
+        expire(c, IK_END_IDLE);
+    if (c->total_ns && now_ns - c->began_ns >= c->total_ns)
+        expire(c, IK_END_EXPIRED);
+}
+
+void ik_connection_stop(ik_connection *c) {
+    set(&c->stopping, 1);
+    shutdown(c->socket, SHUT_RD);
+}
+
+int ik_connection_flushed(ik_connection *c) {
+    char dropped[4096];
+    int unsent;
+    shutdown(c->socket, SHUT_WR);
+    while (recv(c->socket, dropped, sizeof dropped, MSG_DONTWAIT) > 0)
+        ;
+    return ioctl(c->socket, SIOCOUTQ, &unsent) < 0 || unsent == 0 ||
+           ik_wait_now() >= c->linger_until_ns;
+}
+
+void ik_connection_close(ik_connection *c) {
+    if (c->kept)
+        forget_kept(c);
+    if (c->end >= 0 && c->end < IK_ENDS)
+        count(&c->counters->ends[c->end], 1);
+    close(c->socket);
+    c->socket = -1;
+}
+
+int ik_connection_finish(ik_connection *c) {
+    if (c->state == LINGERING)
+        while (!ik_connection_flushed(c))
+            ik_wait_fd(-1, 0, ik_wait_now() + MOMENT_NS);
+    ik_connection_close(c);
+    return c->end;
+}
+
+int ik_connection_run(ik_connection *c) {
+    char block[IK_PIECE];
+    int wanted;
+    c->blocking = 1;
+    do
+        wanted = ik_connection_step(c, block);
+    while (wanted == IK_STEP_READ);
+    return ik_connection_finish(c);
+}
+
+/* --- a child of its own ------------------------------------------------------------------------*/
+
+static ik_connection *guarded;
+
+/* shutdown(2) is async-signal-safe, and ends a read that has begun as well as the next one: there
+ * is no moment at which SIGTERM could be missed. What has come already is still read. */
+static void on_stop(int signum) {
+    (void)signum;
+    int saved = errno;
+    ik_connection_stop(guarded);
+    errno = saved;
+}
+
+/* A limit on each receive and send (SO_RCVTIMEO) would start and stop a timer of the kernel with
+ * each: 7 % of an echo. */
+static void on_tick(int signum) {
+    (void)signum;
+    int saved = errno;
+    ik_connection_tick(guarded, ik_wait_now());
+    errno = saved;
+}
+
+static void start_ticks(int64_t period_ns) {
+    int64_t us = (period_ns + 999) / 1000;
+    struct timeval each = {us / 1000000, us % 1000000};
+    struct itimerval timer = {each, each};
+    if (period_ns > 0)
+        setitimer(ITIMER_REAL, &timer, NULL);
+}
+
+void ik_connection_guard(ik_connection *c) {
+    guarded = c;
+    struct sigaction action = {.sa_handler = on_stop, .sa_flags = SA_RESTART};
+    sigaction(SIGTERM, &action, NULL);
+    action.sa_handler = on_tick;
+    sigaction(SIGALRM, &action, NULL);
+    /* A terminal's Ctrl-C is for the server, which then sends SIGTERM; the others are its too. */
+    const int not_ours[] = {SIGINT, SIGHUP, SIGUSR1, SIGPIPE};
+    for (size_t i = 0; i < sizeof not_ours / sizeof *not_ours; i++)
+        signal(not_ours[i], SIG_IGN);
+    start_ticks(ik_connection_tick_ns(c->idle_ns, c->total_ns));
+    sigset_t ours;
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGTERM);
+    sigaddset(&ours, SIGALRM);
+    ik_process_unblock();
+    sigprocmask(SIG_UNBLOCK, &ours, NULL); /* the server itself may take them through a signalfd */
+}
+
+int ik_connection_child(void *argument) {
+    ik_connection *c = argument;
+    ik_connection_guard(c);
+    return ik_connection_run(c);
+}
+
+void ik_counters_read(const ik_server_counters *counters, ik_server_counters *ret_counters) {
+    const uint64_t *from = (const uint64_t *)counters;
+    uint64_t *to = (uint64_t *)ret_counters;
+    for (size_t i = 0; i < sizeof *counters / sizeof *from; i++)
+        to[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+}

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""One client of a server: its state machine in C, and its service in Python.
+
+``step()`` goes on with it, at most a piece: receive, log, answer. What it returns says what it waits
+for; the models differ in how they wait, and in nothing else.
+"""
+
+import logging
+import socket
+from typing import Any
+
+from ipckit._native import ffi, lib
+from ipckit.errors import check
+from ipckit.servers.service import EchoService, Service
+
+__all__ = ["ENDS", "Connection", "Terms", "accept", "new_block"]
+
+ENDS: "dict[int, str]" = {
+    lib.IK_END_DONE: "done",
+    lib.IK_END_IDLE: "idle",
+    lib.IK_END_NOT_READ: "not read",
+    lib.IK_END_RESET: "reset",
+    lib.IK_END_LOG_FAILED: "log failed",
+    lib.IK_END_EXPIRED: "expired",
+    lib.IK_END_SERVICE_FAILED: "service failed",
+    lib.IK_END_TOO_MUCH: "too much",
+    lib.IK_END_NO_MEMORY: "no memory",
+    lib.IK_END_CUT: "cut",
+}
+"""how a connection ended, by the number that C gives it"""
+
+_log = logging.getLogger("ipckit.servers")
+
+
+class Terms:
+    """What all connections of a server have in common: log, deadlines, limits, counters, service."""
+
+    def __init__(
+        self,
+        service: "type[Service]",
+        log: Any,
+        counters: Any,
+        *,
+        idle_timeout: float | None,
+        total_timeout: float | None,
+        max_output: int,
+    ) -> None:
+        self.service = service
+        self.native_service = service is EchoService
+        self.counters = counters
+        self.log = log  # a MessageLog or LogWriter, or None
+        self._form = ffi.new("ik_connection *")
+        form = self._form
+        form.socket = -1
+        form.end = lib.IK_END_OPEN
+        form.echoes = self.native_service
+        form.log = log.native if log else ffi.NULL
+        form.counters = counters
+        form.max_output = max_output
+        form.idle_ns = int((idle_timeout or 0) * 1e9)
+        form.total_ns = int((total_timeout or 0) * 1e9)
+        self.tick: float | None = lib.ik_connection_tick_ns(form.idle_ns, form.total_ns) / 1e9 or None
+        """seconds between two looks at the deadlines"""
+
+    def fill(self, native: Any) -> None:
+        """Make an ``ik_connection *`` a new one of ours, without a client."""
+        native[0] = self._form[0]
+
+
+def accept(native: Any, listener: socket.socket) -> Any:
+    """Accept into an ``ik_connection *``, and give it back. Raises: OSError, see accept(2)."""
+    check(lib.ik_connection_accept(native, listener.fileno()), "accept")
+    return native
+
+
+class Connection:
+    """One client.
+
+    Args: terms: of its server. native: an ``ik_connection *`` that ``terms`` filled, with a socket.
+        block: IK_PIECE bytes for the pieces; connections that take turns share one.
+    """
+
+    __slots__ = ("__weakref__", "_block", "native", "service")
+
+    def __init__(self, terms: Terms, native: Any, block: Any) -> None:
+        self.native = native
+        self._block = block
+        self.service: Service | None = None if native.echoes else self._new(terms.service)
+
+    @classmethod
+    def accept(cls, terms: Terms, listener: socket.socket, block: Any) -> "Connection":
+        """The next client of *listener*. Raises: OSError of accept(2), EAGAIN if there is none."""
+        native = ffi.new("ik_connection *")
+        terms.fill(native)
+        accept(native, listener)
+        return cls(terms, native, block)
+
+    def _new(self, kind: "type[Service]") -> Service:
+        service = kind()
+        service.peer, service.number = self.peer, self.number
+        return service
+
+    def fileno(self) -> int:
+        number: int = self.native.socket
+        return number
+
+    @property
+    def peer(self) -> str:
+        name: bytes = ffi.string(self.native.peer)
+        return name.decode()
+
+    @property
+    def number(self) -> int:
+        number: int = self.native.number
+        return number
+
+    @property
+    def end(self) -> str | None:
+        """How it ended; None while it has not."""
+        return ENDS.get(self.native.end)
+
+    def start(self) -> int:
+        """Greet the client, as the service does; as step()."""
+        if self.service is None:
+            return int(lib.IK_STEP_READ)
+        return self._answer(self.service.started)
+
+    def step(self) -> int:
+        """Go on, at most a piece: what it waits for (an ``ik_connection_step``), or IK_STEP_ENDED."""
+        wanted: int = lib.ik_connection_step(self.native, self._block)
+        if wanted < lib.IK_STEP_PIECE:
+            return wanted
+        assert self.service is not None
+        if wanted == lib.IK_STEP_LAST:
+            self.service.closing = True
+            return self._answer(self.service.finished)
+        return self._answer(self.service.received, bytes(ffi.buffer(self._block, self.native.piece_len)))
+
+    def _answer(self, method: Any, *piece: bytes) -> int:
+        assert self.service is not None
+        try:
+            answer = method(*piece)
+            rc: int = lib.ik_connection_answer(self.native, answer, len(answer), self.service.closing)
+        except Exception:
+            _log.exception("connection %d from %s: the service failed", self.number, self.peer)
+            rc = lib.ik_connection_abort(self.native, lib.IK_END_SERVICE_FAILED)
+        return rc
+
+    def run(self) -> int:
+        """All of a client that its process or thread has for its own: block until the end, then close.
+
+        Returns: the end, as C numbers them.
+        """
+        self.native.blocking = True
+        if self.service is None:
+            return int(lib.ik_connection_run(self.native))
+        wanted = self.start()
+        while wanted == lib.IK_STEP_READ:
+            wanted = self.step()
+        return int(lib.ik_connection_finish(self.native))
+
+    def close(self) -> None:
+        """Close it; an open one counts as cut."""
+        if self.native.socket < 0:
+            return
+        if self.native.end == lib.IK_END_OPEN:
+            self.native.end = lib.IK_END_CUT
+        lib.ik_connection_close(self.native)
+
+
+def new_block() -> Any:
+    """Room for a piece."""
+    return ffi.new("char[]", lib.IK_PIECE)

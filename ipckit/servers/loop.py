@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""One wait for all that a server waits for: descriptors, each with a function, and moments.
+
+The poller is ``select.poll()``, ``select.epoll()`` or one like them: what has ``register``, ``modify``,
+``unregister`` and ``poll``, with the events of poll(2).
+"""
+
+import heapq
+import itertools
+import select
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+__all__ = ["READ", "WRITE", "HasFileno", "Loop"]
+
+READ: int = select.POLLIN
+WRITE: int = select.POLLOUT
+
+Handler = Callable[[int], object]
+
+
+class HasFileno(Protocol):
+    """What can be watched."""
+
+    def fileno(self) -> int: ...
+
+
+class Loop:
+    """Calls the function of each descriptor that is ready, and of each moment that has come.
+
+    Args: poller: see the module. per_second: what its ``poll()`` counts a second as: 1,000 for
+        select.poll(), 1 for select.epoll().
+    """
+
+    def __init__(self, poller: Any, per_second: int) -> None:
+        self.poller = poller
+        self._per_second = per_second
+        self.handlers: dict[int, Handler] = {}
+        """the function of each descriptor, called with its events"""
+        self._moments: list[tuple[float, int, float | None, Callable[[], object]]] = []
+        self._order = itertools.count()
+
+    def watch(self, source: HasFileno, events: int, handler: Handler) -> None:
+        """Call ``handler(events)`` whenever *source* is ready for one of *events*, fails or hangs up."""
+        fd = source.fileno()
+        self.poller.register(fd, events)
+        self.handlers[fd] = handler
+
+    def watches(self, source: HasFileno) -> bool:
+        return source.fileno() in self.handlers
+
+    def forget(self, source: HasFileno) -> None:
+        """End watch(), before the descriptor is closed."""
+        fd = source.fileno()
+        if self.handlers.pop(fd, None) is not None:
+            self.poller.unregister(fd)
+
+    def after(self, seconds: float, handler: Callable[[], object]) -> None:
+        """Call ``handler()`` once, so many seconds from now."""
+        self._push(time.monotonic() + seconds, None, handler)
+
+    def every(self, seconds: float, handler: Callable[[], object]) -> None:
+        """Call ``handler()`` again and again."""
+        self._push(time.monotonic() + seconds, seconds, handler)
+
+    def _push(self, when: float, period: float | None, handler: Callable[[], object]) -> None:
+        heapq.heappush(self._moments, (when, next(self._order), period, handler))
+
+    def turn(self, until: float | None = None) -> None:
+        """Wait until something is ready or a moment has come (or *until* has), and call what is due."""
+        handlers = self.handlers
+        for fd, events in self.poller.poll(self._patience(until)):
+            handler = handlers.get(fd)
+            if handler is not None:  # not forgotten by one that came before it
+                handler(events)
+        if self._moments:
+            self._run_moments()
+
+    def _patience(self, until: float | None) -> float | None:
+        first = self._moments[0][0] if self._moments else None
+        if until is None or (first is not None and first < until):
+            until = first
+        if until is None:
+            return None
+        # Not a hair too early, or the loop would turn until the moment has come.
+        return max(0.0, until - time.monotonic()) * self._per_second + 1e-4 * self._per_second
+
+    def _run_moments(self) -> None:
+        now = time.monotonic()
+        while self._moments and self._moments[0][0] <= now:
+            _, _, period, handler = heapq.heappop(self._moments)
+            if period is not None:
+                self._push(now + period, period, handler)
+            handler()

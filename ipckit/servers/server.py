@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: MIT
+"""What all servers have in common, whatever their model: the promises to clients and operators.
+
+==========  =====================================================================================
+signal      what the server does
+==========  =====================================================================================
+SIGTERM     accepts no more, answers what has come already, ends; SIGINT too
+SIGHUP      opens the log's path again, after a rotation (``MessageLog.reopen()``)
+SIGUSR1     prints its statistics
+==========  =====================================================================================
+
+A piece is in the log before its answer is sent. Out of descriptors, memory or processes the server
+leaves the backlog alone for a moment, says so once a second, and serves those it has. A client that is
+slow, silent, or resets costs only itself. When the server is killed its processes end with it.
+"""
+
+import errno
+import functools
+import logging
+import mmap
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeVar
+
+from ipckit._native import ffi, lib
+from ipckit.messagelog import LogStats, MessageLog
+from ipckit.servers.connection import ENDS, Connection, Terms
+from ipckit.servers.listening import endpoint
+from ipckit.servers.loop import READ, Loop
+from ipckit.servers.service import EchoService, Service
+from ipckit.signals import SignalQueue
+
+__all__ = ["Server", "ServerStats"]
+
+# accept(2): errors of the one connection, not of the listener; the next one may do.
+_TRY_NEXT = {
+    errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO, errno.ENOPROTOOPT, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENONET, errno.EPERM, errno.ETIMEDOUT,
+}  # fmt: skip
+# Out of descriptors, memory or processes: it passes when some connection ends.
+_SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
+_PAUSE = 0.1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+_log = logging.getLogger("ipckit.servers")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ServerStats:
+    """What a server did, from its start."""
+
+    model: str
+    connections: int
+    """accepted"""
+    open: int
+    """of them, served now"""
+    echoes: int
+    """pieces answered"""
+    bytes: int
+    """of the answers"""
+    ends: "dict[str, int]"
+    """how connections ended: done, idle, not read, reset, log failed, expired, service failed, too much,
+    no memory, cut (still open at the stop), killed"""
+    workers: int
+    """processes or threads that serve, now"""
+    replaced: int
+    """workers that died and were replaced"""
+    log: LogStats | None
+
+
+class Server:
+    """The base of all models: a subclass says in ``_serve()`` what it does with a connection.
+
+    Args: listeners: a listening stream socket, or several; made non-blocking, closed at the stop.
+        log: the message log, or None; stays open.
+        service: what is done with a client, see ``ipckit.servers.service``.
+        max_connections: at that many at a time the next ones wait in the backlog.
+        idle_timeout: seconds after which a silent client, or one that takes none of its answer, is
+            closed, or up to a quarter later; None: never.
+        total_timeout: seconds that a connection may last at all, or up to a quarter more; None: any.
+        max_output: bytes; a longer answer of a service is not sent, and ends the connection. Until a
+            client has taken one answer nothing more is read from it.
+    """
+
+    model: ClassVar[str]
+    most: ClassVar[int] = 10_000
+    """the default of max_connections"""
+
+    def __init__(
+        self,
+        listeners: "socket.socket | Sequence[socket.socket]",
+        log: MessageLog | None = None,
+        *,
+        service: "type[Service]" = EchoService,
+        max_connections: int | None = None,
+        idle_timeout: float | None = 60.0,
+        total_timeout: float | None = None,
+        max_output: int = 1 << 20,
+    ) -> None:
+        self._max_connections = self.most if max_connections is None else max_connections
+        for name, least in (("max_connections", self._max_connections), ("max_output", max_output)):
+            if least < 1:
+                raise ValueError(f"{name} must be at least 1, not {least}")
+        for name, seconds in (("idle_timeout", idle_timeout), ("total_timeout", total_timeout)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"{name} must be None or more than 0 seconds, not {seconds!r}")
+        self.listeners = [listeners] if isinstance(listeners, socket.socket) else list(listeners)
+        if not self.listeners:
+            raise ValueError("a server needs at least one listening socket")
+        self._log = log
+        self._counted = mmap.mmap(-1, ffi.sizeof("ik_server_counters"))  # shared with the children
+        self._counters = ffi.from_buffer("ik_server_counters *", self._counted)
+        self._terms = Terms(
+            service,
+            log,
+            self._counters,
+            idle_timeout=idle_timeout,
+            total_timeout=total_timeout,
+            max_output=max_output,
+        )
+        self._killed = 0
+        self._replaced = 0
+        self._stopping = False
+        self._paused = False
+        self._last_warning = 0.0
+        self.loop = self._new_loop()
+        """what the server waits with; ``loop.every()`` is there for who runs it"""
+
+    # --- what a model says
+
+    def _new_loop(self) -> Loop:
+        """What to wait with."""
+        from ipckit.servers.poll import poll_loop
+
+        return poll_loop()
+
+    def _begin(self) -> None:
+        """Before the first connection."""
+
+    def _arrived(self, listener: socket.socket) -> None:
+        """A listener is readable: take what has come."""
+        raise NotImplementedError
+
+    def _open(self) -> int:
+        """Connections that are served now."""
+        raise NotImplementedError
+
+    def _workers(self) -> int:
+        """Processes or threads that serve now."""
+        return 1
+
+    def _end(self, deadline: float) -> None:
+        """No more connections come: have those that there are end, by force at *deadline*."""
+        raise NotImplementedError
+
+    # --- the life of a server
+
+    def serve(self, *, stop_timeout: float | None = 10.0) -> None:
+        """Serve until SIGTERM or SIGINT; then accept no more, let the connections end, return.
+
+        What has come already is answered and logged. What has not ended after *stop_timeout* seconds is
+        cut. Call it in the main thread, before others start: the signals of the module's table are
+        blocked meanwhile and taken by a descriptor.
+        """
+        with SignalQueue(_SIGNALS) as signals:
+            self._watch(signals)
+            event("listening", "listening on %s", ", ".join(map(endpoint, self.listeners)), model=self.model)
+            try:
+                self._begin()
+                self._listen()
+                while not self._stopping:
+                    self.loop.turn()
+            finally:
+                event("stopping", "stopping: %d connections are open", self._open())
+                for listener in self.listeners:
+                    self.loop.forget(listener)
+                    listener.close()
+                self._stopping = True
+                self._end(time.monotonic() + (1e9 if stop_timeout is None else stop_timeout))
+                event("stopped", "stopped")
+
+    def stop(self) -> None:
+        """End serve() as SIGTERM does; from a function that the loop calls."""
+        self._stopping = True
+
+    def _watch(self, signals: SignalQueue) -> None:
+        self.loop.watch(signals, READ, lambda _: self._signalled(signals))
+        self._watch_logger()
+        for listener in self.listeners:
+            listener.setblocking(False)
+
+    def _signalled(self, signals: SignalQueue) -> None:
+        for info in signals.recv_many(timeout=0):
+            if info.signo == signal.SIGHUP:
+                self._reopen()
+            elif info.signo == signal.SIGUSR1:
+                self._tell()
+            else:
+                self._stopping = True
+
+    def _tell(self) -> None:
+        stats = asdict(self.stats())
+        event("statistics", "statistics: %s", _flat(stats), level=logging.WARNING, **stats)
+
+    # --- the log
+
+    def _watch_logger(self) -> None:
+        if self._log is not None:
+            self.loop.watch(self._log, READ, self._logger_died)
+
+    def _logger_died(self, _: int) -> None:
+        self._change_log(lambda log: log.supervise())
+        event("logger died", "the logger died; another one goes on", level=logging.WARNING)
+
+    def _reopen(self) -> None:
+        if self._log is None:
+            return
+        try:
+            self._change_log(lambda log: log.reopen())
+        except OSError as error:
+            event("log kept", "the log can't be reopened: %s", str(error), level=logging.ERROR)
+        else:
+            event("log reopened", "the log %s is open again", self._log.path)
+
+    def _change_log(self, change: Any) -> None:
+        """The logger's descriptor is another one after this."""
+        assert self._log is not None
+        self.loop.forget(self._log)
+        try:
+            change(self._log)
+        finally:
+            self._watch_logger()
+
+    # --- accepting
+
+    def _listen(self) -> None:
+        """Watch the listeners while there is room, and only then."""
+        wanted = not (self._paused or self._stopping) and self._open() < self._max_connections
+        for listener in self.listeners:
+            if wanted and not self.loop.watches(listener):
+                self.loop.watch(listener, READ, functools.partial(self._ready, listener))
+            elif not wanted:
+                self.loop.forget(listener)
+
+    def _ready(self, listener: socket.socket, _: int) -> None:
+        self._arrived(listener)
+
+    def _try(self, call: str, function: Callable[[], _T]) -> _T | None:
+        """What ``function()`` gives; None if the client has gone, or nothing can be had now."""
+        try:
+            return function()
+        except OSError as error:
+            # EAGAIN of accept: the client has gone again, or another process has it; of fork it is a limit.
+            if error.errno in _SHORTAGE and (call, error.errno) != ("accept", errno.EAGAIN):
+                self._pause(call, error)
+            elif error.errno not in _TRY_NEXT:
+                raise
+            return None
+
+    def _pause(self, call: str, error: OSError) -> None:
+        """Leave the backlog alone for a moment, or it would wake us without end; say so once a second."""
+        if not self._paused:
+            self._paused = True
+            self.loop.after(_PAUSE, self._go_on)
+            self._listen()
+        now = time.monotonic()
+        if now - self._last_warning >= 1:
+            self._last_warning = now
+            why = os.strerror(error.errno or 0)
+            event("shortage", "%s: %s; new connections wait", call, why, level=logging.WARNING)
+
+    def _go_on(self) -> None:
+        self._paused = False
+        self._listen()
+
+    # --- telling
+
+    def _started(self, connection: Connection) -> None:
+        if _log.isEnabledFor(logging.INFO):
+            event("connected", "connection %d from %s", connection.number, connection.peer)
+
+    def _ended(self, number: int, peer: str, how: str | None) -> None:
+        if _log.isEnabledFor(logging.INFO):
+            event("ended", "connection %d from %s ended: %s", number, peer, how or "?")
+
+    def stats(self) -> ServerStats:
+        """The counters of this moment."""
+        now = ffi.new("ik_server_counters *")
+        lib.ik_counters_read(self._counters, now)
+        ends = Counter({name: now.ends[number] for number, name in ENDS.items()})
+        ends["killed"] = self._killed
+        return ServerStats(
+            model=self.model,
+            connections=now.accepted,
+            open=self._open(),
+            echoes=now.echoes,
+            bytes=now.bytes,
+            ends=dict(+ends),
+            workers=self._workers(),
+            replaced=self._replaced,
+            log=self._log.stats() if self._log else None,
+        )
+
+
+def event(name: str, text: str, *args: object, level: int = logging.INFO, **fields: object) -> None:
+    """Tell the logger ipckit.servers that something happened, as text and as fields."""
+    _log.log(level, text, *args, extra={"event": name, "fields": fields})
+
+
+def _flat(fields: "dict[str, Any]") -> str:
+    parts = []
+    for name, value in fields.items():
+        parts.append(f"{name} ({_flat(value)})" if isinstance(value, dict) else f"{name} {value}")
+    return ", ".join(parts)
