@@ -78,6 +78,9 @@ static int longest_zeros(const unsigned char *bytes, int *ret_start) {
 }
 
 static char *put_ipv6(char *to, const unsigned char *bytes) {
+    static const unsigned char mapped[12] = {[10] = 0xff, [11] = 0xff};
+    if (memcmp(bytes, mapped, sizeof mapped) == 0)
+        return put_ipv4(stpcpy(to, "::ffff:"), bytes + sizeof mapped);
     int start = -1, zeros = longest_zeros(bytes, &start);
     for (int i = 0; i < 8; i++) {
         if (zeros && i == start) {
@@ -143,7 +146,9 @@ int ik_connection_abort(ik_connection *c, int end) {
 /* recv or send failed, or there was end of file: why that is. */
 static int broken(ik_connection *c, int when_idle, int otherwise) {
     int expired = get(&c->expired);
-    return ik_connection_abort(c, expired == IK_END_IDLE ? when_idle : expired ? expired : otherwise);
+    return ik_connection_abort(c, expired == IK_END_IDLE ? when_idle
+                                  : expired              ? expired
+                                                         : otherwise);
 }
 
 static int end_in_order(ik_connection *c) {

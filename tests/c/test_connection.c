@@ -1,0 +1,313 @@
+/* SPDX-License-Identifier: MIT */
+#include "connection.h"
+
+#include <arpa/inet.h>
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "wait.h"
+
+static ik_server_counters counters;
+static char block[IK_PIECE];
+
+static ik_log open_log(int format) {
+    int fd[2], memory = memfd_create("test", MFD_CLOEXEC);
+    assert(pipe2(fd, O_CLOEXEC) == 0 && memory >= 0);
+    assert(fcntl(fd[1], F_SETFL, O_NONBLOCK) == 0 && fcntl(fd[1], F_SETPIPE_SZ, 4096) == 4096);
+    assert(ftruncate(memory, (off_t)ik_log_shared_size()) == 0);
+    ik_log log = {.reader = fd[0], .writer = fd[1], .file = -1, .format = format};
+    log.wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    log.durability = IK_LOG_NONE;
+    log.shared = ik_log_map(memory);
+    assert(log.shared && ik_log_shared_init(log.shared) == 0);
+    close(memory);
+    return log;
+}
+
+static void close_log(ik_log *log) {
+    close(log->reader);
+    close(log->writer);
+    close(log->wake);
+    ik_log_unmap(log->shared);
+}
+
+/* A connection that does not block, and the client's end of it. */
+static ik_connection connect_to(int *ret_client, ik_log *log) {
+    int both[2], small = 4096;
+    assert(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, both) == 0);
+    assert(setsockopt(both[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof small) == 0);
+    *ret_client = both[1];
+    memset(&counters, 0, sizeof counters);
+    return (ik_connection){.socket = both[0],
+                           .end = IK_END_OPEN,
+                           .echoes = 1,
+                           .log = log,
+                           .counters = &counters,
+                           .max_output = 1 << 20,
+                           .number = 7,
+                           .peer = "it"};
+}
+
+static size_t drain(int fd, char *to, size_t most) {
+    size_t got = 0;
+    ssize_t n;
+    while (got < most && (n = recv(fd, to + got, most - got, MSG_DONTWAIT)) > 0)
+        got += (size_t)n;
+    return got;
+}
+
+static void one_piece_a_step(void) {
+    int client;
+    ik_connection c = connect_to(&client, NULL);
+    char two[2 * IK_PIECE], back[2 * IK_PIECE];
+    memset(two, 'a', sizeof two);
+    assert(ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(send(client, two, IK_PIECE, 0) == IK_PIECE && send(client, "b", 1, 0) == 1);
+    assert(ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(drain(client, back, sizeof back) == IK_PIECE);
+    assert(ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(drain(client, back, sizeof back) == 1 && back[0] == 'b');
+    shutdown(client, SHUT_WR);
+    assert(ik_connection_step(&c, block) == IK_STEP_ENDED && c.end == IK_END_DONE);
+    ik_connection_close(&c);
+    assert(c.socket == -1 && counters.echoes == 2 && counters.bytes == IK_PIECE + 1);
+    assert(counters.ends[IK_END_DONE] == 1);
+    close(client);
+}
+
+/* A client that takes nothing: no more is read from it than one piece beyond what the kernel holds.
+ */
+static void what_the_client_does_not_take_is_kept(void) {
+    int client;
+    ik_connection c = connect_to(&client, NULL);
+    static char sent[1 << 20], back[1 << 20];
+    for (size_t i = 0; i < sizeof sent; i++)
+        sent[i] = (char)rand();
+    size_t given = 0, got = 0;
+    int wanted = IK_STEP_READ;
+    while (got < sizeof sent) {
+        ssize_t n =
+            given < sizeof sent ? send(client, sent + given, sizeof sent - given, MSG_DONTWAIT) : 0;
+        given += n > 0 ? (size_t)n : 0;
+        for (int i = 0; i < 100 && wanted != IK_STEP_WRITE; i++)
+            wanted = ik_connection_step(&c, block);
+        memset(block, 'x', sizeof block); /* it belongs to others in between */
+        if (wanted == IK_STEP_WRITE) {
+            assert(c.kept && c.len - c.sent <= IK_PIECE);
+            assert(ik_connection_step(&c, block) == IK_STEP_WRITE); /* and nothing changes */
+        }
+        got += drain(client, back + got, 10000);
+        wanted = ik_connection_step(&c, block);
+    }
+    assert(memcmp(sent, back, sizeof sent) == 0 && counters.bytes == sizeof sent);
+    ik_connection_close(&c);
+    close(client);
+}
+
+static void a_full_log_holds_the_echo_back(int format) {
+    int client;
+    ik_log log = open_log(format);
+    ik_connection c = connect_to(&client, &log);
+    char back[IK_PIECE], logged[2 * IK_PIECE] = {0};
+    assert(write(log.writer, back, 4096) == 4096);
+    assert(send(client, "hello", 5, 0) == 5);
+    assert(ik_connection_step(&c, block) == IK_STEP_LOG);
+    memset(block, 'x', sizeof block);
+    ik_connection_tick(&c, ik_wait_now());
+    assert(ik_connection_step(&c, block) == IK_STEP_LOG);
+    assert(drain(client, back, sizeof back) == 0);
+    assert(read(log.reader, logged, sizeof logged) == 4096);
+    assert(ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(drain(client, back, sizeof back) == 5 && memcmp(back, "hello", 5) == 0);
+    memset(logged, 0, sizeof logged);
+    assert(read(log.reader, logged, sizeof logged) > 0);
+    assert(format == IK_LOG_RAW ? strcmp(logged, "hello") == 0
+                                : strstr(logged, "\"connection\":7") && strstr(logged, "hello"));
+    ik_connection_close(&c);
+    close(client);
+    close_log(&log);
+}
+
+static void the_caller_answers_for_a_service(void) {
+    int client;
+    ik_log log = open_log(IK_LOG_RAW);
+    ik_connection c = connect_to(&client, &log);
+    char back[100];
+    c.echoes = 0;
+    assert(send(client, "hello", 5, 0) == 5);
+    assert(ik_connection_step(&c, block) == IK_STEP_PIECE);
+    assert(c.piece_len == 5 && memcmp(block, "hello", 5) == 0 && ik_log_backlog(&log) == 5);
+    assert(ik_connection_answer(&c, "", 0, 0) == IK_STEP_READ);
+    assert(ik_connection_step(&c, block) == IK_STEP_READ);
+    shutdown(client, SHUT_WR);
+    assert(ik_connection_step(&c, block) == IK_STEP_LAST);
+    assert(ik_connection_answer(&c, "bye", 3, 1) == IK_STEP_LINGER);
+    assert(drain(client, back, sizeof back) == 3);
+    assert(ik_connection_step(&c, block) == IK_STEP_LINGER && ik_connection_flushed(&c));
+    ik_connection_close(&c);
+    assert(counters.ends[IK_END_DONE] == 1);
+    close(client);
+    close_log(&log);
+}
+
+/* A piece for a service that had to wait for the log comes back into the block. */
+static void a_service_s_piece_waits_for_the_log_too(void) {
+    int client;
+    ik_log log = open_log(IK_LOG_RAW);
+    ik_connection c = connect_to(&client, &log);
+    char back[IK_PIECE];
+    c.echoes = 0;
+    assert(write(log.writer, back, 4096) == 4096 && send(client, "hello", 5, 0) == 5);
+    assert(ik_connection_step(&c, block) == IK_STEP_LOG);
+    memset(block, 'x', sizeof block);
+    assert(read(log.reader, back, sizeof back) == 4096);
+    assert(ik_connection_step(&c, block) == IK_STEP_PIECE);
+    assert(c.piece_len == 5 && memcmp(block, "hello", 5) == 0);
+    assert(ik_connection_answer(&c, back, (1 << 20) + 1, 0) == IK_STEP_ENDED);
+    assert(c.end == IK_END_TOO_MUCH);
+    ik_connection_close(&c);
+    close(client);
+    close_log(&log);
+}
+
+static int end_after_tick(ik_connection *c, int64_t now_ns) {
+    ik_connection_tick(c, now_ns);
+    return ik_connection_step(c, block) == IK_STEP_ENDED ? c->end : IK_END_OPEN;
+}
+
+static void deadlines(void) {
+    int client;
+    ik_connection c = connect_to(&client, NULL);
+    c.idle_ns = 100;
+    c.total_ns = 1000;
+    c.began_ns = c.quiet_since_ns = 1;
+    assert(end_after_tick(&c, 100) == IK_END_OPEN);
+    assert(send(client, "x", 1, 0) == 1 && ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(end_after_tick(&c, 150) == IK_END_OPEN); /* it moved */
+    assert(end_after_tick(&c, 249) == IK_END_OPEN);
+    ik_connection other = c;
+    assert(end_after_tick(&c, 250) == IK_END_IDLE);
+    ik_connection_close(&c);
+    close(client);
+    c = connect_to(&client, NULL);
+    c.total_ns = other.total_ns;
+    c.began_ns = 1;
+    assert(end_after_tick(&c, 1000) == IK_END_OPEN);
+    assert(end_after_tick(&c, 1001) == IK_END_EXPIRED);
+    ik_connection_close(&c);
+    close(client);
+    assert(ik_connection_tick_ns(0, 0) == 0 && ik_connection_tick_ns(100, 0) == 25);
+    assert(ik_connection_tick_ns(0, 100) == 25 && ik_connection_tick_ns(1000, 100) == 25);
+    assert(ik_connection_tick_ns(100, 1000) == 25 && ik_connection_tick_ns(1, 0) == 1);
+}
+
+static void stopped_it_answers_what_has_come(void) {
+    int client;
+    ik_connection c = connect_to(&client, NULL);
+    char back[10];
+    assert(send(client, "x", 1, 0) == 1);
+    ik_connection_stop(&c);
+    assert(ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(ik_connection_step(&c, block) == IK_STEP_LINGER);
+    assert(drain(client, back, sizeof back) == 1);
+    assert(ik_connection_finish(&c) == IK_END_DONE);
+    assert(recv(client, back, 1, 0) == 0);
+    close(client);
+}
+
+static void reset_and_abort(void) {
+    int client;
+    ik_connection c = connect_to(&client, NULL);
+    char much[1000];
+    assert(send(client, much, sizeof much, 0) == sizeof much);
+    close(client); /* the answer finds nobody */
+    assert(ik_connection_step(&c, block) == IK_STEP_ENDED && c.end == IK_END_RESET);
+    ik_connection_close(&c);
+    assert(counters.ends[IK_END_RESET] == 1);
+    c = connect_to(&client, NULL);
+    assert(ik_connection_abort(&c, IK_END_CUT) == IK_STEP_ENDED && c.end == IK_END_CUT);
+    ik_connection_close(&c);
+    close(client);
+}
+
+/* --- who it is ---------------------------------------------------------------------------------*/
+
+/* The peer as accept names it is what inet_ntop makes of it. */
+static void name_of(int family, const char *host) {
+    struct sockaddr_in6 six = {.sin6_family = AF_INET6};
+    struct sockaddr_in four = {.sin_family = AF_INET};
+    struct sockaddr *at = family == AF_INET ? (struct sockaddr *)&four : (struct sockaddr *)&six;
+    socklen_t len = family == AF_INET ? sizeof four : sizeof six;
+    assert(inet_pton(family, host, family == AF_INET ? (void *)&four.sin_addr : &six.sin6_addr));
+    int listener = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0), client = -1;
+    if (listener < 0 || bind(listener, at, len) < 0) {
+        printf("skip: no %s here\n", host);
+        close(listener);
+        return;
+    }
+    assert(listen(listener, 1) == 0 && getsockname(listener, at, &len) == 0);
+    client = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert(connect(client, at, len) == 0);
+    ik_connection c = {.counters = &counters};
+    assert(ik_connection_accept(&c, listener) == 0 && c.end == IK_END_OPEN && c.number > 0);
+    len = sizeof six;
+    assert(getsockname(client, at, &len) == 0);
+    char text[INET6_ADDRSTRLEN], expected[80];
+    const void *address = family == AF_INET ? (void *)&four.sin_addr : (void *)&six.sin6_addr;
+    assert(inet_ntop(family, address, text, sizeof text));
+    snprintf(expected, sizeof expected, family == AF_INET ? "%s:%d" : "[%s]:%d", text,
+             ntohs(family == AF_INET ? four.sin_port : six.sin6_port));
+    assert(strcmp(c.peer, expected) == 0);
+    close(c.socket);
+    assert(fcntl(listener, F_SETFL, O_NONBLOCK) == 0);
+    assert(ik_connection_accept(&c, listener) == -EAGAIN);
+    close(client);
+    close(listener);
+}
+
+static void a_unix_peer_is_its_process(void) {
+    struct sockaddr_un at = {.sun_family = AF_UNIX}; /* no name: the kernel makes one up */
+    socklen_t len = sizeof(sa_family_t);
+    int listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), client;
+    assert(bind(listener, (struct sockaddr *)&at, len) == 0 && listen(listener, 1) == 0);
+    len = sizeof at;
+    assert(getsockname(listener, (struct sockaddr *)&at, &len) == 0);
+    client = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert(connect(client, (struct sockaddr *)&at, len) == 0);
+    ik_connection c = {.counters = &counters};
+    char expected[80];
+    assert(ik_connection_accept(&c, listener) == 0);
+    snprintf(expected, sizeof expected, "pid %d uid %d", getpid(), getuid());
+    assert(strcmp(c.peer, expected) == 0);
+    close(c.socket);
+    close(client);
+    close(listener);
+}
+
+int main(void) {
+    one_piece_a_step();
+    what_the_client_does_not_take_is_kept();
+    a_full_log_holds_the_echo_back(IK_LOG_RAW);
+    a_full_log_holds_the_echo_back(IK_LOG_RECORD);
+    the_caller_answers_for_a_service();
+    a_service_s_piece_waits_for_the_log_too();
+    deadlines();
+    stopped_it_answers_what_has_come();
+    reset_and_abort();
+    name_of(AF_INET, "127.0.0.1");
+    name_of(AF_INET6, "::1");
+    name_of(AF_INET6, "::ffff:127.0.0.1");
+    a_unix_peer_is_its_process();
+    return 0;
+}
