@@ -24,6 +24,7 @@ from ipckit import wait
 from ipckit._native import ffi, lib
 from ipckit.messagelog import LogStats, MessageLog
 from ipckit.process import ExitStatus, NativeMemory, Reaper, fork_native
+from ipckit.servers.listening import _endpoint, listen
 from ipckit.signals import SignalQueue
 
 __all__ = ["ForkServer", "ServerStats", "listen"]
@@ -58,32 +59,6 @@ class ServerStats:
     ends: "dict[str, int]"
     """how the connections ended: done, idle, not read, reset, log failed, killed"""
     log: LogStats | None
-
-
-def listen(host: str = "127.0.0.1", port: int = 0, *, backlog: int = socket.SOMAXCONN) -> socket.socket:
-    """A listening TCP socket, IPv4 or IPv6 as *host* resolves; port 0 lets the kernel choose.
-
-    Raises: OSError EADDRINUSE, EACCES, ...; socket.gaierror for an unknown host. See listen(2).
-    """
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Inherited by the connections: an answer in two pieces must not wait for an acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.bind(address)
-        listener.listen(backlog)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _endpoint(address: "tuple[str, int] | tuple[str, int, int, int]") -> str:
-    host, port = address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class ForkServer:
