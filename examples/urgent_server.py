@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The urgent byte is answered before the stream, once by SIGURG and once by POLLPRI."""
 
+import fcntl
+import os
 import select
+import signal
 import socket
 
 import ipckit
@@ -30,10 +33,14 @@ stream = bytes(1 << 20)
 for variant in VARIANTS:
     with listen() as listener, ipckit.fork(serve, listener, variant, keep=[listener]) as server:
         with socket.create_connection(listener.getsockname()) as connection:
-            sockets.send_all(connection, stream)  # and none of the echo is read yet
-            sockets.send_urgent(connection, b"?")
+            with ipckit.SignalQueue([signal.SIGURG]) as signals:
+                fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+                sockets.send_all(connection, stream)
+                sockets.send_urgent(connection, b"?")
+                signals.recv(timeout=10)
+                print(f"{variant}: the answer is announced, and nothing of the echo is read")
             answer, echoed = until_urgent(connection)
-            print(f"{variant}: answered {answer} before the echo was all here: {echoed < len(stream)}")
+            print(f"{variant}: it is {answer}, in the first quarter: {echoed < len(stream) / 4}")
             echoed += len(sockets.recv_exact(connection, len(stream) - echoed, timeout=10))
             print(f"{variant}: then the rest of the {echoed} bytes")
         server.terminate()

@@ -251,7 +251,7 @@ def _taken_over(fd: int) -> socket.socket:
         if sock.type != socket.SOCK_STREAM:
             check(-errno.EPROTOTYPE, f"descriptor {fd} of LISTEN_FDS: {sock.type.name}, not a stream")
         if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            check(-errno.EINVAL, f"descriptor {fd} of LISTEN_FDS: a stream socket that doesn't listen")
+            check(-errno.EINVAL, f"descriptor {fd} of LISTEN_FDS: a stream socket that does not listen")
         os.set_inheritable(fd, False)
         sock.setblocking(True)
         if sock.proto == socket.IPPROTO_TCP:

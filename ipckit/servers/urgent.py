@@ -35,7 +35,8 @@ VARIANTS = ("sigurg", "pollpri")
 
 _PIECE = 65536
 _MOST = 1 << 21  # echo held for a client; beyond that its stream is not read, nor an urgent byte found in it
-# An answer can't overtake what the kernel has: it is given little that it doesn't send on at once.
+# An urgent byte can't overtake what the kernel has, so that is little: echo is handed over only while less
+# than this is unsent. The urgent byte is not held back so: its announcement goes even to a full receiver.
 _UNSENT = 16384
 _PAUSE = 0.1
 
@@ -56,7 +57,10 @@ class _Client:
         self.announced = variant == "sigurg"
         if variant == "sigurg":
             fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+        self._hand_over(_UNSENT)
+
+    def _hand_over(self, unsent: int) -> None:
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent)
 
     def wanted(self) -> int:
         """The events to wait for."""
@@ -97,11 +101,13 @@ class _Client:
 
     def _answer(self) -> None:
         if self.urgent:
+            self._hand_over(4 * _UNSENT)
             sockets.send_urgent(self.sock, self.urgent, timeout=0)
+            self._hand_over(_UNSENT)
             self.urgent = b""
             self.moved = time.monotonic()
         if self.echo:
-            del self.echo[: sockets.send(self.sock, self.echo[:_PIECE], timeout=0)]
+            del self.echo[: sockets.send(self.sock, self.echo[:_UNSENT], timeout=0)]
             self.moved = time.monotonic()
 
 
