@@ -176,9 +176,8 @@ def test_what_a_killed_server_left_is_replaced(tmp_path, forked):
     child.wait_ready()
     child.kill()
     child.wait()
-    with listen_unix(path):
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(path))
+    with listen_unix(path), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
 
 
 def test_a_living_one_is_not_and_does_not_notice(tmp_path):
@@ -350,7 +349,7 @@ def test_nobody_comes_between_the_look_at_a_dead_socket_and_its_removal(tmp_path
     one.wait_ready()
     two = forked(second)
     two.wait_ready()
-    os.write(opener, b".")
+    os.write(opener, b"..")  # once more when it removes its own
     assert two.wait() == 10
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
