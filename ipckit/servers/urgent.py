@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""The textbook's server for urgent data: the urgent byte is answered before the stream.
+
+It echoes what comes, and gives an urgent byte back as an urgent byte, ahead of all the echo that it still
+holds: a client that has sent much hears at once. Two variants learn of the byte in different ways:
+
+``sigurg``: F_SETOWN and SIGURG. The signal comes with the announcement, which may be before the byte; it
+comes once for several, and does not say which connection it is about.
+``pollpri``: the exceptional condition of poll(2), which stands as long as the byte is there and not taken.
+
+TCP has one urgent byte at a time. If a second is announced before the first was taken, the first falls into
+the stream, or is lost if all before it was read. So it is with the answers, too: who sends several urgent
+bytes takes the answer to each before the next. ``python -m ipckit.servers.urgent`` runs it. See tcp(7).
+"""
+
+import argparse
+import errno
+import fcntl
+import logging
+import math
+import os
+import select
+import signal
+import socket
+import time
+from contextlib import suppress
+
+from ipckit import sockets
+from ipckit.servers.listening import endpoint, listen
+from ipckit.signals import SignalQueue, blocked
+
+__all__ = ["VARIANTS", "UrgentServer"]
+
+VARIANTS = ("sigurg", "pollpri")
+
+_PIECE = 65536
+_MOST = 1 << 21  # echo held for a client; beyond that its stream is not read, nor an urgent byte found in it
+# An urgent byte can't overtake what the kernel has, so that is little: echo is handed over only while less
+# than this is unsent. The urgent byte is not held back so: its announcement goes even to a full receiver.
+_UNSENT = 16384
+_PAUSE = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+class _Client:
+    """One connection: what it is owed, and whether an urgent byte of it may be on its way."""
+
+    def __init__(self, sock: socket.socket, variant: str) -> None:
+        self.sock = sock
+        self.urgent = b""
+        self.echo = bytearray()
+        self.ended = False
+        self.moved = time.monotonic()
+        self.polled = select.POLLPRI if variant == "pollpri" else 0
+        # Before it was ours to be signalled for, a byte may have come already.
+        self.announced = variant == "sigurg"
+        if variant == "sigurg":
+            fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
+        self._hand_over(_UNSENT)
+
+    def _hand_over(self, unsent: int) -> None:
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent)
+
+    def wanted(self) -> int:
+        """The events to wait for."""
+        reading = select.POLLIN if not self.ended and len(self.echo) < _MOST else 0
+        writing = select.POLLOUT if self.urgent or self.echo else 0
+        # What SIGURG has announced may still be behind data. No second signal tells when it is here.
+        return reading | writing | (select.POLLPRI if self.announced else self.polled)
+
+    def attend(self, events: int) -> bool:
+        """The urgent byte, a piece of the stream, then the answers; False when all is done."""
+        # A read that begins at the mark skips the urgent byte. None does: if POLLIN was there before we
+        # look for the mark, the next byte is an ordinary one, wherever a mark comes up meanwhile.
+        if self.announced or events & select.POLLPRI or sockets.at_mark(self.sock):
+            self._take_urgent()
+        if events & ~(select.POLLPRI | select.POLLOUT):
+            self._receive()
+        with suppress(TimeoutError):  # no room for all of it
+            self._answer()
+        return not self.ended or bool(self.urgent or self.echo)
+
+    def _take_urgent(self) -> None:
+        try:
+            self.urgent = sockets.recv_urgent(self.sock, timeout=0)
+            self.announced = False
+        except TimeoutError:
+            self.announced = True  # but not here yet: what stands before it has to be read first
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.announced = False  # there is none, or we had it already
+
+    def _receive(self) -> None:
+        with suppress(BlockingIOError):
+            piece = sockets.recv(self.sock, _PIECE, sockets.MSG_DONTWAIT)  # ends at the mark, if there is one
+            self.ended = not piece
+            self.echo += piece
+            self.moved = time.monotonic()
+
+    def _answer(self) -> None:
+        if self.urgent:
+            self._hand_over(4 * _UNSENT)
+            sockets.send_urgent(self.sock, self.urgent, timeout=0)
+            self._hand_over(_UNSENT)
+            self.urgent = b""
+            self.moved = time.monotonic()
+        if self.echo:
+            del self.echo[: sockets.send(self.sock, self.echo[:_UNSENT], timeout=0)]
+            self.moved = time.monotonic()
+
+
+class UrgentServer:
+    """Serve *listener*'s connections, all in one process.
+
+    Args: listener: a listening TCP socket; made non-blocking, closed at the stop. variant: see the module.
+        max_connections: at that many at a time the next ones wait in the backlog.
+        idle_timeout: seconds after which a client that sends and takes nothing is closed; None: never.
+    Raises: ValueError for another variant or a number out of range.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        variant: str = "sigurg",
+        max_connections: int = 256,
+        idle_timeout: float | None = 60.0,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
+        if max_connections < 1:
+            raise ValueError(f"max_connections must be at least 1, not {max_connections}")
+        if idle_timeout is not None and not idle_timeout > 0:
+            raise ValueError(f"idle_timeout must be None or more than 0 seconds, not {idle_timeout!r}")
+        self._listener = listener
+        self._variant = variant
+        self._max_connections = max_connections
+        self._idle = math.inf if idle_timeout is None else idle_timeout
+        self._clients: set[_Client] = set()
+        self._paused_until = 0.0
+        self._stop_at = math.inf
+
+    def serve(self, *, stop_timeout: float = 5.0) -> None:
+        """Serve until SIGTERM or SIGINT; then accept no more, answer what has come, return.
+
+        Who has not taken the answers after *stop_timeout* seconds is cut off. Call it in the main thread,
+        before others start: both signals and SIGURG are blocked meanwhile and taken by a descriptor.
+        """
+        self._listener.setblocking(False)
+        with SignalQueue([signal.SIGTERM, signal.SIGINT, signal.SIGURG]) as signals, self._listener:
+            try:
+                while self._stop_at == math.inf or (self._clients and time.monotonic() < self._stop_at):
+                    self._turn(signals, stop_timeout)
+            finally:
+                while self._clients:
+                    self._clients.pop().sock.close()
+
+    def _turn(self, signals: SignalQueue, stop_timeout: float) -> None:
+        ready = self._wait(signals)
+        if signals.fileno() in ready:
+            self._signalled({info.signo for info in signals.recv_many(timeout=0)}, stop_timeout)
+        if self._listener.fileno() in ready:
+            self._accept()
+        for client in list(self._clients):
+            if not self._goes_on(client, ready.get(client.sock.fileno(), 0)):
+                self._clients.remove(client)
+                client.sock.close()
+
+    def _wait(self, signals: SignalQueue) -> dict[int, int]:
+        """The descriptors that are ready, each with its events."""
+        now = time.monotonic()
+        moments = [self._stop_at, *(client.moved + self._idle for client in self._clients)]
+        poll = select.poll()
+        poll.register(signals, select.POLLIN)
+        for client in self._clients:
+            poll.register(client.sock, client.wanted())
+        if now < self._paused_until:
+            moments.append(self._paused_until)
+        elif self._stop_at == math.inf and len(self._clients) < self._max_connections:
+            poll.register(self._listener, select.POLLIN)
+        seconds = max(0.0, min(moments) - now)
+        return dict(poll.poll(None if seconds == math.inf else seconds * 1000))
+
+    def _signalled(self, signals: set[int], stop_timeout: float) -> None:
+        for client in self._clients:
+            if signal.SIGURG in signals:  # for one of them, or several
+                client.announced = True
+            if signals - {signal.SIGURG}:
+                with suppress(OSError):  # reset already
+                    client.sock.shutdown(socket.SHUT_RD)  # what has come is still read, then the end
+        if signals - {signal.SIGURG}:
+            self._stop_at = min(self._stop_at, time.monotonic() + stop_timeout)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except BlockingIOError:  # the client has gone again
+            return
+        except OSError as error:  # of that connection, or out of descriptors or memory: others may do, later
+            _log.warning("accept: %s; new connections wait", error)
+            self._paused_until = time.monotonic() + _PAUSE
+            return
+        connection.setblocking(False)
+        self._clients.add(_Client(connection, self._variant))
+
+    def _goes_on(self, client: _Client, events: int) -> bool:
+        """See to *client* if there is anything to do; False when it is to be closed."""
+        try:
+            going = client.attend(events) if events or client.announced else True
+        except (OSError, EOFError):  # reset: costs only itself
+            return False
+        return going and time.monotonic() < client.moved + self._idle
+
+
+def main() -> None:
+    """Serve as the command line says, until Ctrl-C or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m ipckit.servers.urgent")
+    parser.add_argument("--variant", choices=VARIANTS, default="sigurg")
+    parser.add_argument("--port", type=int, default=7007, help="0 takes a free one and prints it")
+    options = parser.parse_args()
+    with blocked([signal.SIGTERM, signal.SIGINT]), listen(port=options.port) as listener:
+        print(f"listening on {endpoint(listener)}", flush=True)
+        UrgentServer(listener, variant=options.variant).serve()
+
+
+if __name__ == "__main__":
+    main()
