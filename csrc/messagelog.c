@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "process.h"
+#include "sockets.h"
 #include "wait.h"
 
 /* No internal wait is longer than this before it looks again whether it still makes sense. */
@@ -33,11 +34,39 @@ struct ik_log_shared {
      * of asked that it read before it emptied the pipe. */
     _Atomic uint32_t asked;
     _Atomic uint32_t done;
+    /* An event loop wants acked to be rung when done changes, when the lock is free. */
+    _Atomic uint32_t awaits_done;
+    _Atomic uint32_t awaits_lock;
+    /* How many files came after the first, and the number of the open offer of one, or 0: one word,
+     * because a file is taken if and only if its offer is still open. */
+    _Atomic uint64_t turn;
+    _Atomic uint32_t offers;
+    _Atomic uint32_t split;
     /* The logger's. */
     _Atomic uint64_t moved;
     _Atomic int error;
-    _Atomic int sync_error;
+    /* The last file of which fdatasync failed, and its errno; 0: it never did. */
+    _Atomic uint64_t unsynced;
 };
+
+/* What comes with an offered file. */
+typedef struct offer {
+    uint32_t number;
+    int64_t until_ns;
+} offer;
+
+/* Two numbers in one word. */
+static uint64_t pair(uint32_t high, uint32_t low) {
+    return (uint64_t)high << 32 | low;
+}
+
+static uint32_t high(uint64_t word) {
+    return (uint32_t)(word >> 32);
+}
+
+static uint32_t low(uint64_t word) {
+    return (uint32_t)word;
+}
 
 size_t ik_log_shared_size(void) {
     return sizeof(ik_log_shared);
@@ -220,9 +249,32 @@ static int lock(ik_log_shared *shared, int64_t deadline_ns) {
     return -rc;
 }
 
-static void unlock(ik_log *log, ik_append *append) {
-    append->locked = 0;
+static void ring(const ik_log *log) {
+    uint64_t one = 1;
+    ssize_t ignored = log->acked < 0 ? 0 : write(log->acked, &one, sizeof one);
+    (void)ignored; /* EAGAIN: it is readable as it is */
+}
+
+/* Ask to be rung; then look once more, because it may have happened just before. */
+static int watch(const ik_log *log, _Atomic uint32_t *awaits) {
+    if (log->acked < 0)
+        return 0;
+    atomic_store_explicit(awaits, 1, memory_order_relaxed);
+    /* The request must be seen before that look, as ring_whom's change before its look. */
+    atomic_thread_fence(memory_order_seq_cst);
+    return 1;
+}
+
+static void ring_whom(const ik_log *log, _Atomic uint32_t *awaits) {
+    atomic_thread_fence(memory_order_seq_cst);
+    if (atomic_load_explicit(awaits, memory_order_relaxed) && log->acked >= 0 &&
+        atomic_exchange_explicit(awaits, 0, memory_order_relaxed))
+        ring(log);
+}
+
+static void unlock(const ik_log *log) {
     pthread_mutex_unlock(&log->shared->lock);
+    ring_whom(log, &log->shared->awaits_lock);
 }
 
 /* End the torn message that a dead writer left, so that the next line starts on a line of its own.
@@ -251,6 +303,8 @@ static int write_some(ik_log *log, ik_append *append) {
         int rc = mend(log);
         if (rc < 0)
             return rc;
+        /* The lock orders it: our bytes go into this file, unless the switch is a split one. */
+        append->file = high(atomic_load_explicit(&shared->turn, memory_order_relaxed));
     }
     if (append->len > PIPE_BUF)
         atomic_store_explicit(&shared->in_message, 1, memory_order_relaxed);
@@ -270,21 +324,33 @@ static int write_some(ik_log *log, ik_append *append) {
     return 0;
 }
 
+static int lock_for(ik_log *log, ik_append *append, int64_t deadline_ns) {
+    int rc = lock(log->shared, deadline_ns);
+    if (rc == -ETIMEDOUT && watch(log, &log->shared->awaits_lock))
+        rc = lock(log->shared, IK_NOW);
+    append->locked = rc == 0;
+    return rc;
+}
+
+static void unlock_for(ik_log *log, ik_append *append) {
+    append->locked = 0;
+    unlock(log);
+}
+
 /* Bring the message into the pipe. The lock is kept between calls only in the middle of a message.
  */
 static int write_whole(ik_log *log, ik_append *append, int64_t deadline_ns) {
     for (;;) {
-        if (!append->locked) {
-            int rc = lock(log->shared, deadline_ns);
-            if (rc < 0)
-                return rc;
-            append->locked = 1;
-        }
-        int rc = write_some(log, append);
+        append->full = 0;
+        int rc = append->locked ? 0 : lock_for(log, append, deadline_ns);
+        if (rc < 0)
+            return rc;
+        rc = write_some(log, append);
         if (append->sent == 0 || append->sent == append->len)
-            unlock(log, append);
+            unlock_for(log, append);
         if (rc != -EAGAIN)
             return rc;
+        append->full = 1;
         rc = ik_wait_fd(log->writer, POLLOUT, deadline_ns);
         if (rc < 0)
             return rc;
@@ -299,18 +365,24 @@ static int reader_is_gone(const ik_log *log) {
     return ik_wait_fd(log->writer, 0, IK_NOW) > 0; /* POLLERR, asked for or not */
 }
 
+/* 1 if our bytes are as durable as promised, 0 if not yet, or -errno. */
+static int is_done(const ik_log *log, const ik_append *append, uint32_t *ret_done) {
+    /* Acquire: with done, all that the logger stored before it is seen. */
+    *ret_done = atomic_load_explicit(&log->shared->done, memory_order_acquire);
+    uint64_t unsynced = atomic_load_explicit(&log->shared->unsynced, memory_order_relaxed);
+    if (unsynced && (int32_t)(append->file - high(unsynced)) <= 0)
+        return -(int)low(unsynced);
+    return (int32_t)(*ret_done - append->ticket) >= 0;
+}
+
 /* Sleep until done reaches our ticket. A slice at the most: the logger that wakes us may be killed
  * between its store and its wake. */
 static int await_done(ik_log *log, const ik_append *append, int64_t deadline_ns) {
     ik_log_shared *shared = log->shared;
-    for (;;) {
-        int broken = atomic_load_explicit(&shared->sync_error, memory_order_acquire);
-        if (broken)
-            return -broken;
-        /* Acquire: with done, all that the logger stored before it is seen. */
-        uint32_t done = atomic_load_explicit(&shared->done, memory_order_acquire);
-        if ((int32_t)(done - append->ticket) >= 0)
-            return 0;
+    for (uint32_t done;;) {
+        int rc = is_done(log, append, &done);
+        if (rc != 0)
+            return rc < 0 ? rc : 0;
         int64_t now = ik_wait_now(), until = earlier(deadline_ns, now + SLICE_NS);
         if (until <= now)
             return -ETIMEDOUT;
@@ -322,6 +394,13 @@ static int await_done(ik_log *log, const ik_append *append, int64_t deadline_ns)
                 return -EPIPE;
         }
     }
+}
+
+/* The time is up: -ETIMEDOUT, or what came in the last moment. */
+static int give_time_up(ik_log *log, const ik_append *append) {
+    if (reader_is_gone(log))
+        return -EPIPE;
+    return watch(log, &log->shared->awaits_done) ? await_done(log, append, IK_NOW) : -ETIMEDOUT;
 }
 
 int ik_log_append(ik_log *log, ik_append *append, int64_t deadline_ns) {
@@ -337,12 +416,21 @@ int ik_log_append(ik_log *log, ik_append *append, int64_t deadline_ns) {
         if (write(log->wake, &one, sizeof one) < 0 && errno != EAGAIN)
             return -errno;
     }
-    return await_done(log, append, deadline_ns);
+    append->full = 0;
+    int rc = await_done(log, append, deadline_ns);
+    return rc == -ETIMEDOUT ? give_time_up(log, append) : rc;
 }
 
 void ik_log_abandon(ik_log *log, ik_append *append) {
     if (append->locked)
-        unlock(log, append); /* in_message stays set: the next writer mends */
+        unlock_for(log, append); /* in_message stays set: the next writer mends */
+}
+
+/* Of the file in use: with another one the disk has another chance. */
+static int sync_error(const ik_log_shared *shared) {
+    uint64_t unsynced = atomic_load_explicit(&shared->unsynced, memory_order_relaxed);
+    uint64_t turn = atomic_load_explicit(&shared->turn, memory_order_relaxed);
+    return high(unsynced) == high(turn) ? (int)low(unsynced) : 0;
 }
 
 void ik_log_read_counters(const ik_log *log, ik_log_counters *ret_counters) {
@@ -353,7 +441,9 @@ void ik_log_read_counters(const ik_log *log, ik_log_counters *ret_counters) {
         .moved = atomic_load_explicit(&shared->moved, memory_order_relaxed),
         .torn = atomic_load_explicit(&shared->torn, memory_order_relaxed),
         .error = atomic_load_explicit(&shared->error, memory_order_relaxed),
-        .sync_error = atomic_load_explicit(&shared->sync_error, memory_order_relaxed),
+        .sync_error = sync_error(shared),
+        .files = high(atomic_load_explicit(&shared->turn, memory_order_relaxed)),
+        .split = atomic_load_explicit(&shared->split, memory_order_relaxed),
     };
 }
 
@@ -362,13 +452,54 @@ int64_t ik_log_backlog(const ik_log *log) {
     return ioctl(log->reader, FIONREAD, &queued) < 0 ? -errno : queued;
 }
 
+/* --- the supervisor ----------------------------------------------------------------------------*/
+
+/* What an earlier offer left in the socket, because its logger was killed. */
+static void drop_stale(const ik_log *log) {
+    offer stale;
+    ik_sockets_fds came;
+    char answer;
+    while (ik_sockets_recv_fds(log->told, &stale, sizeof stale, &came, 1, IK_NOW) > 0)
+        while (came.count > 0)
+            close(came.fd[--came.count]);
+    while (ik_sockets_recv(log->tell, &answer, sizeof answer, 0, IK_NOW) > 0)
+        ;
+}
+
+int ik_log_offer(ik_log *log, int file, int64_t until_ns) {
+    ik_log_shared *shared = log->shared;
+    uint32_t files = ik_log_withdraw(log);
+    drop_stale(log);
+    offer one = {.until_ns = until_ns};
+    while (one.number == 0) /* a number of its own, so that a late logger can't mistake it */
+        one.number = atomic_fetch_add_explicit(&shared->offers, 1, memory_order_relaxed) + 1;
+    atomic_store_explicit(&shared->turn, pair(files, one.number), memory_order_relaxed);
+    int64_t n = ik_sockets_send_fds(log->tell, &one, sizeof one, &file, 1, IK_NOW);
+    return n < 0 ? (int)n : 0;
+}
+
+uint32_t ik_log_withdraw(ik_log *log) {
+    _Atomic uint64_t *turn = &log->shared->turn;
+    /* Acquire: who learns of the switch sees what went before it. */
+    uint64_t now = atomic_load_explicit(turn, memory_order_acquire);
+    while (low(now) != 0 &&
+           !atomic_compare_exchange_weak_explicit(turn, &now, pair(high(now), 0),
+                                                  memory_order_acquire, memory_order_acquire))
+        ;
+    return high(now);
+}
+
 /* --- the logger --------------------------------------------------------------------------------*/
+
+/* The file system can't splice. */
+static int copying;
 
 /* Full disk, quota, file size limit, I/O error: wait and try again; the pipe keeps the rest and
  * makes the writers wait. */
-static void pause_for(ik_log *log, int error) {
+static void pause_for(ik_log *log, int error, int64_t until_ns) {
     atomic_store_explicit(&log->shared->error, error, memory_order_relaxed);
-    struct timespec slice = {0, SLICE_NS};
+    int64_t now = ik_wait_now(), left = earlier(until_ns, now + SLICE_NS) - now;
+    struct timespec slice = {0, left > 0 ? left : 0};
     nanosleep(&slice, NULL);
 }
 
@@ -380,7 +511,7 @@ static int64_t copy_some(ik_log *log, size_t most) {
     for (ssize_t done = 0; done < n;) {
         ssize_t w = write(log->file, block + done, (size_t)(n - done));
         if (w < 0)
-            pause_for(log, errno);
+            pause_for(log, errno, IK_FOREVER);
         else
             done += w;
     }
@@ -389,7 +520,6 @@ static int64_t copy_some(ik_log *log, size_t most) {
 
 /* Move up to most bytes to the end of the file: bytes moved, 0 at end of file, or -errno. */
 static int64_t move_some(ik_log *log, size_t most) {
-    static int copying;
     /* The end, each time: somebody may have truncated the file to rotate it. */
     if (lseek(log->file, 0, SEEK_END) < 0)
         return -errno;
@@ -408,24 +538,122 @@ static int64_t move_some(ik_log *log, size_t most) {
     return n;
 }
 
-/* Move, come what may. 0 at end of file; -EAGAIN or -EINTR when there is nothing now. */
-static int64_t move(ik_log *log, size_t most) {
-    for (;;) {
-        int64_t n = move_some(log, most);
-        if (n >= 0 || n == -EAGAIN || n == -EINTR)
-            return n;
-        pause_for(log, (int)-n);
-    }
-}
-
 static void sync_file(ik_log *log) {
-    if (fdatasync(log->file) == 0)
+    /* EINVAL: such a file has nothing to sync. */
+    if (fdatasync(log->file) == 0 || errno == EINVAL)
         return;
     /* The kernel may have dropped the dirty pages and would say "fine" next time: the first failure
-     * is the last word. EINVAL: such a file has nothing to sync. */
-    int none = 0;
-    if (errno != EINVAL)
-        atomic_compare_exchange_strong(&log->shared->sync_error, &none, errno);
+     * is the last word on this file. */
+    uint32_t file = high(atomic_load_explicit(&log->shared->turn, memory_order_relaxed));
+    if (!sync_error(log->shared))
+        atomic_store_explicit(&log->shared->unsynced, pair(file, (uint32_t)errno),
+                              memory_order_relaxed);
+}
+
+/* --- the logger goes over to another file ------------------------------------------------------*/
+
+static int is_open(const ik_log *log, const offer *offered) {
+    return low(atomic_load_explicit(&log->shared->turn, memory_order_relaxed)) == offered->number;
+}
+
+static int is_over(int64_t deadline_ns) {
+    return deadline_ns != IK_FOREVER && ik_wait_now() >= deadline_ns;
+}
+
+/* Move what is queued, if anything; if that can't be, pause. */
+static void move_queued(ik_log *log, int64_t until_ns) {
+    int64_t n = ik_log_backlog(log) > 0 ? move_some(log, MOVE_MAX) : 0;
+    if (n < 0 && n != -EAGAIN && n != -EINTR)
+        pause_for(log, (int)-n, until_ns);
+}
+
+/* Keep writers out. Who is in the middle of a long message needs room in the pipe to leave it. */
+static int shut_out_writers(ik_log *log, const offer *offered) {
+    while (lock(log->shared, earlier(offered->until_ns, ik_wait_now() + MOMENT_NS)) < 0) {
+        if (is_over(offered->until_ns) || !is_open(log, offered))
+            return 0;
+        move_queued(log, offered->until_ns);
+    }
+    return 1;
+}
+
+/* The last message's writer was killed in its middle: end the line here, not in the next file. */
+static void mend_file(ik_log *log) {
+    ik_log_shared *shared = log->shared;
+    if (!atomic_load_explicit(&shared->in_message, memory_order_relaxed))
+        return;
+    if (log->format == IK_LOG_RECORD &&
+        (lseek(log->file, 0, SEEK_END) < 0 || write(log->file, "\n", 1) != 1))
+        return; /* the next writer mends */
+    atomic_fetch_add_explicit(&shared->torn, 1, memory_order_relaxed);
+    atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
+}
+
+/* Between two messages: writers are out, the pipe is empty. 0 if the time or the offer is over. */
+static int reach_boundary(ik_log *log, const offer *offered) {
+    if (!shut_out_writers(log, offered))
+        return 0;
+    while (ik_log_backlog(log) > 0) {
+        if (is_over(offered->until_ns) || !is_open(log, offered)) {
+            unlock(log);
+            return 0;
+        }
+        move_queued(log, offered->until_ns);
+    }
+    mend_file(log);
+    return 1;
+}
+
+/* The offer is taken in one instant, under the lock and with the old file finished. A logger killed
+ * before leaves the old one in use, one killed after it the new one, and no byte is between. */
+static int take(ik_log *log, const offer *offered) {
+    uint64_t now = atomic_load_explicit(&log->shared->turn, memory_order_relaxed);
+    return low(now) == offered->number &&
+           atomic_compare_exchange_strong_explicit(&log->shared->turn, &now, pair(high(now) + 1, 0),
+                                                   memory_order_release, memory_order_relaxed);
+}
+
+static void switch_file(ik_log *log, int file, const offer *offered) {
+    int locked = reach_boundary(log, offered);
+    if (log->durability == IK_LOG_SYNCED)
+        sync_file(log); /* whose bytes are here may ask only when the next file is in use */
+    if (take(log, offered)) {
+        dup3(file, log->file, O_CLOEXEC);
+        copying = 0;
+        atomic_store_explicit(&log->shared->error, 0, memory_order_relaxed);
+        atomic_fetch_add_explicit(&log->shared->split, !locked, memory_order_relaxed);
+    }
+    if (locked)
+        unlock(log);
+}
+
+/* Look whether a file is offered; end of file: the supervisor is gone. */
+static void look_for_offer(ik_log *log) {
+    offer offered;
+    ik_sockets_fds came = {0};
+    if (log->told < 0)
+        return;
+    int64_t n = ik_sockets_recv_fds(log->told, &offered, sizeof offered, &came, 1, IK_NOW);
+    if (n == 0)
+        log->told = -1;
+    if (n == sizeof offered && came.count == 1) {
+        switch_file(log, came.fd[0], &offered);
+        ik_sockets_send(log->told, ".", 1, 0, IK_NOW);
+    }
+    while (came.count > 0)
+        close(came.fd[--came.count]);
+}
+
+/* --- the logger's work -------------------------------------------------------------------------*/
+
+/* Move. 0 at end of file; negative when there is nothing now, or nothing can be written now. */
+static int64_t move(ik_log *log, size_t most) {
+    int64_t n = move_some(log, most);
+    if (n >= 0 || n == -EAGAIN || n == -EINTR)
+        return n;
+    pause_for(log, (int)-n, IK_FOREVER);
+    look_for_offer(log); /* of a file on a disk that is not full */
+    return n;
 }
 
 static int somebody_asked(ik_log *log) {
@@ -441,49 +669,53 @@ static void acknowledge(ik_log *log) {
         n = move(log, (size_t)queued);
         if (n == 0)
             break;
-        if (n < 0) /* interrupted: nothing moved */
-            n = 0;
+        if (n < 0) { /* what is left may have been moved before a switch */
+            int64_t left = ik_log_backlog(log);
+            n = left < queued ? queued - left : 0;
+        }
     }
     if (log->durability == IK_LOG_SYNCED)
         sync_file(log);
     /* Release: whoever sees done sees sync_error too. */
     atomic_store_explicit(&log->shared->done, asked, memory_order_release);
     futex_wake_all(&log->shared->done);
+    ring_whom(log, &log->shared->awaits_done);
 }
 
-/* Wait for bytes, the end of the last writer or somebody who asks: what poll says of the pipe. */
+/* Wait for bytes, the end of the last writer, somebody who asks or an offer, which is seen to: what
+ * poll says of the pipe. */
 static int await_work(ik_log *log) {
-    struct pollfd both[] = {{.fd = log->reader, .events = POLLIN},
-                            {.fd = log->wake, .events = POLLIN}};
+    struct pollfd all[] = {{.fd = log->reader, .events = POLLIN},
+                           {.fd = log->wake, .events = POLLIN},
+                           {.fd = log->told, .events = POLLIN}};
     uint64_t drained;
-    if (poll(both, 2, -1) < 0)
+    if (poll(all, 3, -1) < 0)
         return 0;
+    if (all[2].revents) {
+        look_for_offer(log); /* and the pipe may be empty now */
+        return 0;
+    }
     /* Drained before asked is read again, so a later asker makes it readable again. */
-    if (both[1].revents && read(log->wake, &drained, sizeof drained) < 0)
+    if (all[1].revents && read(log->wake, &drained, sizeof drained) < 0)
         return 0;
-    return both[0].revents;
+    return all[0].revents;
 }
 
-/* Never sleeps but in await_work: an asker whose bytes are moved already sends no more of them. */
-static void run_acknowledging(ik_log *log) {
+/* Never sleeps but in await_work: an asker whose bytes are moved already sends no more of them.
+ * But where nobody asks, it waits a moment after a small move for more to come: to be woken for
+ * each message would cost the writers' processor more than the writes do. */
+static void run(ik_log *log) {
+    const struct timespec moment = {0, MOMENT_NS};
     for (;;) {
         if (somebody_asked(log))
             acknowledge(log);
         int ready = await_work(log);
-        if (ready & POLLIN)
-            move(log, MOVE_MAX);
-        else if (ready & POLLHUP)
+        int64_t n = ready & POLLIN ? move(log, MOVE_MAX) : 0;
+        if (log->durability == IK_LOG_NONE && n > 0 && n < SMALL_MOVE)
+            nanosleep(&moment, NULL);
+        if (!(ready & POLLIN) && ready & POLLHUP)
             return;
     }
-}
-
-/* Nobody asks: the pipe alone wakes us. After a small move wait a moment for more to come: to be
- * woken for each message would cost the writers' processor more than the writes do. */
-static void run_plainly(ik_log *log) {
-    const struct timespec moment = {0, MOMENT_NS};
-    for (int64_t n; (n = move(log, MOVE_MAX)) != 0;)
-        if (n > 0 && n < SMALL_MOVE)
-            nanosleep(&moment, NULL);
 }
 
 static void ignore_what_is_meant_for_others(void) {
@@ -498,10 +730,8 @@ int ik_log_run(void *argument) {
     ik_log *log = argument;
     ignore_what_is_meant_for_others();
     ik_process_unblock();
-    if (log->durability == IK_LOG_NONE)
-        run_plainly(log);
-    else
-        run_acknowledging(log);
+    ring(log); /* the one before may have been killed before it could */
+    run(log);
     sync_file(log);
-    return atomic_load(&log->shared->sync_error);
+    return sync_error(log->shared);
 }

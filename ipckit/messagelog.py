@@ -23,6 +23,9 @@ level       append() returned means               lost by
 Format "raw": the file is the appended bytes, one after the other. Format "record": one JSON line a
 message, ``{"time": ..., "connection": ..., "peer": ..., "length": ..., "text" or "base64": ...}``,
 printable whatever came; ``records()`` reads them back.
+
+Rotation: rename the file, then ``reopen()``, as a server does on SIGHUP. The logger goes over to the
+new file between two messages.
 """
 
 import base64
@@ -31,7 +34,10 @@ import errno
 import fcntl
 import json
 import os
+import select
+import socket
 import stat
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -51,11 +57,15 @@ if TYPE_CHECKING:
 
 _FORMATS = {"raw": lib.IK_LOG_RAW, "record": lib.IK_LOG_RECORD}
 _DURABILITIES = {"none": lib.IK_LOG_NONE, "written": lib.IK_LOG_WRITTEN, "synced": lib.IK_LOG_SYNCED}
+# The descriptors of ik_log, and what of a log goes to a process that was not forked.
+_IN_NATIVE = frozenset(("reader", "writer", "file", "wake", "acked", "told", "tell"))
+_PASSED = ("writer", "wake", "acked", "memory")
 _RUN_LOGGER = ffi.addressof(lib, "ik_log_run")
 # A logger that dies more often than this in a second can't be helped by another one.
 _RESTARTS_PER_SECOND = 100
 # How long the supervisor waits for the pipe before it looks whether its logger lives.
 _LOOK_NS = 100_000_000
+_LONGEST_POLL = 1e9  # milliseconds; poll(2) takes an int
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,11 @@ class LogStats:
     error: int
     """the errno that the logger waits on (ENOSPC, EFBIG, EIO, ...), or 0"""
     sync_error: int
-    """the errno of the first failed fdatasync, or 0"""
+    """the errno of the first failed fdatasync of the file in use, or 0"""
+    files: int
+    """times that reopen() went over to another file"""
+    split: int
+    """of these, those that could not wait for the end of a message"""
 
 
 @dataclass(frozen=True)
@@ -90,8 +104,10 @@ class Record:
     data: bytes
 
 
-def _open_file(path: str) -> int:
-    """The log file, locked against a second log: regular, ours, not reached through a link."""
+def _open_file(path: str, *, synced: bool, but: int = -1) -> int:
+    """The log file, locked against a second log: regular, ours, not reached through a link.
+
+    Or *but*, if that is the same file."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
         fd = os.open(path, flags, 0o600)
@@ -101,7 +117,12 @@ def _open_file(path: str) -> int:
         raise
     try:
         _refuse_strangers(fd, path)
+        if but >= 0 and os.path.sameopenfile(fd, but):
+            os.close(fd)
+            return but
         _take(fd, path)
+        if synced:
+            _sync_folder(path)
     except BaseException:
         os.close(fd)
         raise
@@ -123,6 +144,18 @@ def _take(fd: int, path: str) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BlockingIOError(errno.EWOULDBLOCK, "another process writes this log", path) from None
+
+
+def _sync_folder(path: str) -> None:
+    """What is synced in a file whose name is lost would be lost."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has nothing to sync there
+            raise
+    finally:
+        os.close(folder)
 
 
 def _end_torn_tail(fd: int, path: str) -> int:
@@ -150,11 +183,11 @@ class LogWriter:
     ``forkserver`` child of multiprocessing. Threads: any number.
     """
 
-    def __init__(self, path: str, format: str, durability: str, descriptors: "tuple[int, int, int]") -> None:
+    def __init__(self, path: str, format: str, durability: str, descriptors: "tuple[int, ...]") -> None:
         self.path = path
         self.format = format
         self.durability = durability
-        self._own: dict[str, int] = dict(zip(("writer", "wake", "memory"), descriptors, strict=True))
+        self._own: dict[str, int] = dict(zip(_PASSED, descriptors, strict=True))
         self._attach()
 
     def _attach(self) -> None:
@@ -166,10 +199,8 @@ class LogWriter:
         self._memory = NativeMemory("ik_log")
         self.native: Any = self._memory.argument
         """the C handle (``ik_log *``), for services written in C; valid while this object lives"""
-        self.native.reader = self._own.get("reader", -1)
-        self.native.writer = self._own["writer"]
-        self.native.file = self._own.get("file", -1)
-        self.native.wake = self._own["wake"]
+        for name in _IN_NATIVE:
+            setattr(self.native, name, self._own.get(name, -1))
         self.native.format = _FORMATS[self.format]
         self.native.durability = _DURABILITIES[self.durability]
         self.native.shared = self._shared
@@ -226,7 +257,7 @@ class LogWriter:
         """Close descriptors; their numbers are gone from the C handle before they are free again."""
         for name in names:
             fd = self._own.pop(name, -1)
-            if name != "memory":
+            if name in _IN_NATIVE:
                 setattr(self.native, name, -1)
             if fd >= 0:
                 os.close(fd)
@@ -254,15 +285,15 @@ class LogWriter:
             raise Closed(f"the log {self.path} is closed")
         from multiprocessing import reduction
 
-        duplicates = [reduction.DupFd(self._own[name]) for name in ("writer", "wake", "memory")]
+        duplicates = [reduction.DupFd(self._own[name]) for name in _PASSED]
         return _rebuild, (self.path, self.format, self.durability, duplicates)
 
 
 def _rebuild(path: str, format: str, durability: str, duplicates: "list[Any]") -> LogWriter:
-    writer, wake, memory = (duplicate.detach() for duplicate in duplicates)
-    for fd in (writer, wake, memory):
+    descriptors = tuple(duplicate.detach() for duplicate in duplicates)
+    for fd in descriptors:
         os.set_inheritable(fd, False)
-    return LogWriter(path, format, durability, (writer, wake, memory))
+    return LogWriter(path, format, durability, descriptors)
 
 
 class MessageLog(LogWriter):
@@ -306,12 +337,19 @@ class MessageLog(LogWriter):
         self._recent: list[float] = []
         self._logger: Child | None = None
         self._owner = os.getpid()
+        self._absolute = os.path.abspath(self.path)  # for reopen(), after a chdir() too
+        self._files = 0  # taken by the logger after the first
+        self._guard = threading.RLock()
+        self._guarded = False
         with contextlib.ExitStack() as undo:
-            self._own = {"file": _open_file(self.path)}
+            self._own = {"file": _open_file(self.path, synced=durability == "synced")}
             undo.callback(self._close_all)
             self._torn_at_open = _end_torn_tail(self._own["file"], self.path) if format == "record" else 0
             self._own["reader"], self._own["writer"] = _pipe(capacity)
             self._own["wake"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._own["acked"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._own["told"], self._own["tell"] = (end.detach() for end in ends)
             self._own["memory"] = os.memfd_create("ipckit-log", os.MFD_CLOEXEC)
             os.ftruncate(self._own["memory"], lib.ik_log_shared_size())
             self._attach()
@@ -323,7 +361,7 @@ class MessageLog(LogWriter):
     def _start_logger(self) -> Child:
         native = self.native
         # Not the write end: holding it, the logger would never see its end of file.
-        keep = (native.reader, native.file, native.wake)
+        keep = (native.reader, native.file, native.wake, native.acked, native.told)
         return fork_native(_RUN_LOGGER, native, keep=keep, die_with_parent=False, memory=self._memory)
 
     @property
@@ -349,6 +387,26 @@ class MessageLog(LogWriter):
 
         Raises: RuntimeError if the logger dies more than a hundred times within a second.
         """
+        if self.logger.poll() is None:
+            return False
+        with self._alone() as alone:
+            return alone and self._supervise()
+
+    @contextlib.contextmanager
+    def _alone(self) -> "Iterator[bool]":
+        """Keep other threads out; False in a signal handler that interrupted whoever is in already."""
+        with self._guard:
+            if self._guarded:
+                yield False
+                return
+            try:
+                self._guarded = True
+                self._settle()  # a reopen() that an exception of a handler ended
+                yield True
+            finally:
+                self._guarded = False
+
+    def _supervise(self) -> bool:
         status = self.logger.poll()
         if status is None:
             return False
@@ -365,6 +423,85 @@ class MessageLog(LogWriter):
         dead.close()
         self._logger = self._start_logger()
         self.restarts += 1
+
+    def reopen(self, *, timeout: float | None = 1.0) -> bool:
+        """Open the path again and go over to that file; True if so, False if it is the one in use.
+
+        For rotation: rename the file, then call this. No message is lost, doubled or split over the
+        two files; what ``append()`` promised holds for the one that the message went to. Blocks until
+        the old file has all that was appended before, *timeout* seconds at the most.
+
+        If half of *timeout* is not enough, because the disk is full or a writer stands still in the
+        middle of a long message, the logger goes over where it stands: the old file can then be
+        moved away or removed, which gives its space back, and the rest goes to the new one.
+        Nothing is lost or doubled, but one message may begin in one file and end in the other;
+        ``stats().split`` counts that.
+
+        After a failed fdatasync(2) the new file is "synced" again; an ``append()`` whose message went
+        to the old one still raises.
+
+        Raises: OSError as on opening the log, and TimeoutError (ETIMEDOUT) if the logger itself does
+            not run or its writing hangs: then the old file stays in use, nothing is lost, and it can
+            be called again. RuntimeError in a forked child, or in a signal handler that interrupted
+            this method or ``supervise()``. Closed.
+        Signals: call it from a loop, not from a handler, which may have interrupted an ``append()``
+            in the middle of a message. See rename(2), logrotate(8).
+        """
+        deadline_ns = wait.deadline(timeout)
+        until_ns = wait.deadline(None if timeout is None else timeout / 2)
+        self.logger  # noqa: B018 - raises unless open and the supervisor's
+        with self._alone() as alone:
+            if not alone:
+                raise RuntimeError(f"a signal handler interrupted a change of the log {self.path}")
+            synced = self.durability == "synced"
+            fd = _open_file(self._absolute, synced=synced, but=self._own["file"])
+            if fd == self._own["file"]:
+                return False
+            self._own["next"] = fd
+            try:
+                if self.format == "record":
+                    self._torn_at_open += _end_torn_tail(fd, self.path)
+                self._hand_over(until_ns, deadline_ns)
+            finally:
+                self._settle()
+        return True
+
+    def _hand_over(self, until_ns: int, deadline_ns: int) -> None:
+        """Offer the next file to the logger, again if it dies before it has taken it."""
+        while True:
+            check(lib.ik_log_offer(self.native, self._own["next"], until_ns), self.path)
+            answered = self._await_answer(deadline_ns)
+            if self._taken():
+                return
+            if not answered:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, "the logger did not go over in time; the old file stays", self.path
+                )
+            self._supervise()
+
+    def _await_answer(self, deadline_ns: int) -> bool:
+        """Until the logger answers or dies; False at the deadline."""
+        poller = select.poll()
+        for fd in (self._own["tell"], self.logger.fileno()):
+            poller.register(fd, select.POLLIN)
+        left = wait.remaining(deadline_ns)
+        return bool(poller.poll(None if left is None else min(left * 1e3, _LONGEST_POLL)))
+
+    def _taken(self) -> bool:
+        """Withdraw the offer; if the logger has taken it, the next file is ours too, and the old one next."""
+        files = lib.ik_log_withdraw(self.native)
+        if files == self._files:
+            return False
+        self._files = files
+        self._own["file"], self._own["next"] = self._own["next"], self._own["file"]
+        self.native.file = self._own["file"]
+        return True
+
+    def _settle(self) -> None:
+        """End an offer, if there is one, and close the file that is not in use."""
+        if "next" in self._own:
+            self._taken()
+            self._forget("next")
 
     def _try_append(self, append: Any, deadline_ns: int) -> int:
         """For a while only, then look whether the logger lives; -EINTR: go on."""
@@ -396,10 +533,12 @@ class MessageLog(LogWriter):
             torn=counters.torn + self._torn_at_open,
             error=counters.error,
             sync_error=counters.sync_error,
+            files=counters.files,
+            split=counters.split,
         )
 
     def close(self, *, timeout: float | None = 10.0) -> None:
-        """Wait until all that was appended is in the file and synced, end the logger, close.
+        """Wait until all that was appended is in the file, sync it, end the logger, close.
 
         Block until every other writer has ended too, *timeout* seconds at the most. A second call does
         nothing. In a forked child: end only the child's own use, at once.
@@ -410,7 +549,8 @@ class MessageLog(LogWriter):
         if self.closed or self._logger is None:
             super().close()
             return
-        self._forget("writer")
+        with self._alone():
+            self._forget("writer")
         try:
             self._drain(wait.deadline(timeout))
         finally:
@@ -447,7 +587,7 @@ class MessageLog(LogWriter):
         if self._logger is not None:
             self._logger.close()
             self._logger = None
-        self._forget("reader", "file")
+        self._forget("reader", "file", "next", "told", "tell")
 
 
 _logs: "weakref.WeakSet[MessageLog]" = weakref.WeakSet()

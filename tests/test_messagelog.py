@@ -344,9 +344,9 @@ def test_the_logger_holds_nothing_but_what_it_needs(tmp_path):
     extra = os.open("/dev/null", os.O_RDONLY)
     with MessageLog(tmp_path / "log") as log:
         folder = f"/proc/{log.logger.pid}/fd"
-        eventually(lambda: len(os.listdir(folder)) == 6)
+        eventually(lambda: len(os.listdir(folder)) == 8)
         links = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if int(name) > 2}
-        assert {link.split(":")[0] for link in links} == {str(tmp_path / "log"), "pipe", "anon_inode"}
+        assert {link.split(":")[0] for link in links} == {str(tmp_path / "log"), "pipe", "socket", "anon_inode"}
     os.close(extra)
 
 
