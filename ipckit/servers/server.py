@@ -298,8 +298,9 @@ class Server:
 
     def _ended(self, number: int, peer: str, how: str | None) -> None:
         if _log.isEnabledFor(logging.INFO):
-            fields = {"connection": number, "peer": peer, "how": how or "?"}
-            event("ended", "connection %d from %s ended: %s", *fields.values(), **fields)
+            how = how or "?"
+            text = "connection %d from %s ended: %s"
+            event("ended", text, number, peer, how, connection=number, peer=peer, how=how)
 
     def stats(self) -> ServerStats:
         """The counters of this moment."""
