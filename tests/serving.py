@@ -18,38 +18,54 @@ BENCH = Path(__file__).parent.parent / "build" / "bench"  # the C programs of be
 
 
 class Served:
-    """``ipckit serve`` with *options* on a free port of loopback, logging to *path*."""
+    """``ipckit serve`` with *options*, logging to *path*: on a free port of loopback unless they say where.
 
-    def __init__(self, path, *options, prefix=()):
+    Args: model: of MODELS, or None for the default. prefix: what runs it, as strace. env: more of it.
+    """
+
+    def __init__(self, path, *options, model=None, prefix=(), **env):
         self.path = Path(path)
-        command = [
-            *prefix,
-            sys.executable,
-            "-m",
-            "ipckit",
-            "serve",
-            "--port",
-            "0",
-            "--log",
-            str(path),
-            *options,
-        ]
+        command = [*prefix, sys.executable, "-m", "ipckit", "serve", "--port", "0", "--log", str(path)]
+        if model:
+            command += ["--model", model]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            [*command, *map(str, options)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | env,
         )
-        readable, _, _ = select.select([self.process.stdout], [], [], 30)
-        assert readable, "the server said nothing"
-        line = self.process.stdout.readline()
-        found = re.search(r"listening on (.*):(\d+)", line)
-        assert found, line + self.process.stderr.read()
-        self.address = (found[1], int(found[2]))
+        self.addresses = []
+        """where it listens, as connect() of a socket takes it"""
+        for line in self._introduction():
+            self.addresses.append(_address(line))
+
+    def _introduction(self):
+        """The lines that it says at the start, up to the one about the log."""
+        said = ""
+        while not re.search(r"^logging .*\n", said, re.M):
+            # Not readline(): what that reads ahead select() doesn't see.
+            readable, _, _ = select.select([self.process.stdout], [], [], 30)
+            assert readable, f"the server said only {said!r}"
+            piece = os.read(self.process.stdout.fileno(), 4096).decode()
+            if not piece:
+                error = self.process.communicate(timeout=30)[1]
+                raise AssertionError(f"it ended with status {self.process.returncode}: {error}")
+            said += piece
+        return said.splitlines()[:-1]
+
+    @property
+    def address(self):
+        return self.addresses[0]
 
     @property
     def pid(self):
         return self.process.pid
 
-    def connect(self):
-        return socket.create_connection(self.address, timeout=20)
+    def connect(self, address=None, timeout=20):
+        return connect(address or self.address, timeout)
 
     def children(self):
         """The living children, the logger among them, and the zombies."""
@@ -95,6 +111,29 @@ class Served:
 
     def __exit__(self, *exc):
         self.close()
+
+
+def _address(line):
+    """Of a line as "listening on 127.0.0.1:7007", "... [::1]:7007" or "... unix:/path"."""
+    if found := re.fullmatch(r"listening on unix:(.*)", line):
+        return found[1]
+    found = re.fullmatch(r"listening on \[?([^]]*)\]?:(\d+)", line)
+    assert found, line
+    return found[1], int(found[2])
+
+
+def connect(address, timeout=20):
+    """A client of *address*: (host, port), or the path of a socket file."""
+    if isinstance(address, tuple):
+        return socket.create_connection(address, timeout)
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    client.settimeout(timeout)
+    try:
+        client.connect(address)
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
 def _state(pid):

@@ -16,6 +16,9 @@ def one_line(what: str) -> Iterator[None]:
     except socket.gaierror as error:
         raise click.ClickException(f"{what}: {error.strerror}") from None
     except OSError as error:
+        named = str(error.filename)
+        if what in named:  # the error says more about it
+            what = named
         raise click.ClickException(f"{what}: {error.strerror or error}") from None
 
 

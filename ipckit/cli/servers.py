@@ -1,24 +1,47 @@
 # SPDX-License-Identifier: MIT
 """serve, client, demo: the options; what they do stands in the rooms."""
 
-import logging
+import contextlib
+import importlib
+import importlib.util
+import os
 import signal
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import click
 
+from ipckit.cli import serving
 from ipckit.cli.commands import group, one_line
 from ipckit.messagelog import MessageLog
-from ipckit.servers import ServerStats, listen
+from ipckit.servers import MODELS, Server, Service, listening, server_class
 from ipckit.servers import client as split_client
-from ipckit.servers.fork import ForkServer
 from ipckit.signals import blocked, sigaction
 
 _SECONDS = click.FloatRange(min=0, min_open=True)
+_COUNT = click.IntRange(min=1)
 _PORT = click.IntRange(0, 65535)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Server takes them
+
+_SERVER_OPTIONS: "list[tuple[str, Any, str, str]]" = [
+    ("--max-connections", _COUNT, "N", "Connections at a time; further ones wait."),
+    ("--idle-timeout", _SECONDS, "SECONDS", "Close a client that sends, or reads, nothing for so long."),
+    ("--total-timeout", _SECONDS, "SECONDS", "Close any connection after so long."),
+    ("--max-output", _COUNT, "BYTES", "The longest answer of a service."),
+    ("--max-children", _COUNT, "N", "fork, prefork: processes at a time."),
+    ("--min-spare", _COUNT, "N", "prefork: idle processes kept ready."),
+    ("--max-spare", _COUNT, "N", "prefork: idle processes that may stay."),
+    ("--max-requests", click.IntRange(min=0), "N", "prefork: connections that a process serves; 0: any."),
+]
+
+_Command = Callable[..., None]
 
 
-def _log_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _log_option(text: str) -> Callable[[_Command], _Command]:
     return click.option(
         "--log",
         "path",
@@ -29,15 +52,70 @@ def _log_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None
     )
 
 
+def _service_class(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> "type[Service] | None":
+    """MODULE:CLASS or FILE.py:CLASS, a subclass of ipckit.servers.Service."""
+    if value is None:
+        return None
+    where, _, name = value.rpartition(":")
+    if not (where and name):
+        raise click.BadParameter(f"{value!r} is not MODULE:CLASS or FILE.py:CLASS")
+    try:
+        module = _load_file(where) if where.endswith(".py") else _load_module(where)
+    except Exception as error:  # whatever the module does when it is loaded
+        raise click.BadParameter(f"{where!r} can't be loaded: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Service)):
+        what = "nothing" if found is None else repr(found)
+        raise click.BadParameter(f"{value!r} must be a subclass of ipckit.servers.Service, and is {what}")
+    return found
+
+
+def _load_module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m does
+    return importlib.import_module(name)
+
+
+def _load_file(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _server_options(command: _Command) -> _Command:
+    """The options that are keywords of the model's class; one that isn't given keeps its default there."""
+    defaults = Server.options()
+    for option, kind, unit, text in reversed(_SERVER_OPTIONS):
+        default = defaults.get(_keyword(option))
+        told = text if default is None else f"{text}  [default: {default}]"
+        command = click.option(option, type=kind, metavar=unit, help=told)(command)
+    return command
+
+
+def _keyword(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
 @group.command()
 @click.option(
     "--model",
-    type=click.Choice(["fork"]),
+    type=click.Choice(list(MODELS)),
     default="fork",
     show_default=True,
-    help="How clients are served: a process per connection.",
+    help="How clients are served.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--host",
+    "hosts",
+    multiple=True,
+    metavar="HOST",
+    help="An address to listen on; also several times. "
+    "[default: 127.0.0.1, unless --unix or --activated is given]",
+)
 @click.option(
     "--port",
     type=_PORT,
@@ -45,7 +123,10 @@ def _log_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None
     show_default=True,
     help="The port to listen on; 0 takes a free one and prints it.",
 )
+@click.option("--unix", multiple=True, metavar="PATH", help="A socket file to listen on; also several times.")
+@click.option("--activated", is_flag=True, help="Listen on what the service manager opened (LISTEN_FDS).")
 @_log_option("The file that the logger child appends to.")
+@click.option("--no-log", is_flag=True, help="Log no messages.")
 @click.option(
     "--format",
     type=click.Choice(["raw", "record"]),
@@ -61,19 +142,17 @@ def _log_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None
     help="What an echo waits for: the log's pipe, the file, the disk.",
 )
 @click.option(
-    "--max-children",
-    type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
-    help="Connections served at a time; further ones wait.",
+    "--service",
+    callback=_service_class,
+    metavar="WHERE:CLASS",
+    help="What is done with a client in place of echoing: a Service of a module or of a FILE.py.",
 )
+@_server_options
 @click.option(
-    "--idle-timeout",
-    type=_SECONDS,
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Close a client that sends nothing, or reads nothing, for so long.",
+    "--keyboard/--no-keyboard",
+    default=None,
+    help="select, poll, epoll: read standard input too; the line quit ends the server. "
+    "[default: if it is a terminal]",
 )
 @click.option(
     "--stop-timeout",
@@ -81,60 +160,119 @@ def _log_option(text: str) -> Callable[[Callable[..., None]], Callable[..., None
     default=10.0,
     show_default=True,
     metavar="SECONDS",
-    help="At the stop, kill what has not ended after so long.",
+    help="At the stop, cut what has not ended after so long.",
 )
+@click.option("--verbose", is_flag=True, help="Print what happens, to standard error.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print it as a JSON object a line, also the final figures."
+)
+@click.option("--live", is_flag=True, help="Show the figures on the terminal while it runs.")
 def serve(
     model: str,
-    host: str,
+    hosts: "tuple[str, ...]",
     port: int,
+    unix: "tuple[str, ...]",
+    activated: bool,
     path: str,
+    no_log: bool,
     format: str,
     durability: str,
-    max_children: int,
-    idle_timeout: float,
+    keyboard: bool | None,
     stop_timeout: float,
+    verbose: bool,
+    as_json: bool,
+    live: bool,
+    **options: Any,
 ) -> None:
     """Run the message-logging echo server.
 
     It answers each client with what the client sent, and writes it to the log first. Ctrl-C or SIGTERM
-    ends it: no new clients, what has come is echoed and logged, then it exits with status 0.
+    ends it: no new clients, what has come is echoed and logged, then it exits with status 0. SIGHUP opens
+    the log again after a rotation, SIGUSR1 prints the figures.
     """
-    assert model == "fork"
-    logging.basicConfig(format="ipckit: %(message)s")
-    # From here on a signal to stop is kept until the server takes it: none comes too early.
-    with (
-        blocked([signal.SIGTERM, signal.SIGINT]),
-        one_line(f"{host}:{port}"),
-        listen(host, port) as listener,
-    ):
-        with one_line(path):
-            log = MessageLog(path, format=format, durability=durability)
-        server = ForkServer(listener, log, max_children=max_children, idle_timeout=idle_timeout)
-        address, number = listener.getsockname()[:2]
-        click.echo(f"listening on {address}:{number}\nlogging to {path}")
-        server.serve(stop_timeout=stop_timeout)
+    if live and (as_json or not sys.stderr.isatty()):
+        raise click.UsageError("--live needs standard error to be a terminal, without --json")
+    given = _check(
+        model, {name: value for name, value in options.items() if value is not None}, keyboard, live
+    )
+    serving.tell_events(verbose=verbose, as_json=as_json)
+    # From here on a signal is kept until the server takes it: none comes too early.
+    with blocked(_SIGNALS), contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(each) for each in _listeners(hosts, port, unix, activated)]
+        log = None if no_log else _open_log(path, format, durability)
+        server = _made(model, listeners, log, given)
+        for listener in listeners:
+            click.echo(f"listening on {listening.endpoint(listener)}")
+        click.echo("logging nothing" if log is None else f"logging to {path}")
+        with serving.LiveView(server) if live else contextlib.nullcontext():
+            server.serve(stop_timeout=stop_timeout)
         stats = server.stats()
+        if log is not None:
+            with one_line(path):
+                log.close(timeout=stop_timeout)
+        for number in _SIGNALS:  # asked twice: we end anyway, and with status 0
+            sigaction(number, signal.SIG_IGN)
+    serving.show(stats, as_json=as_json)
+
+
+def _check(model: str, options: "dict[str, Any]", keyboard: bool | None, live: bool) -> "dict[str, Any]":
+    """Those that were given, for the class of *model*; a usage error names one that it lacks."""
+    given = {name: value for name, value in options.items() if value is not None}
+    known = server_class(model).options()
+    if keyboard is None and "keyboard" in known:
+        keyboard = not live and _has_keyboard()
+    if keyboard is not None:
+        given["keyboard"] = 0 if keyboard else None
+    for name in given:
+        if name not in known:
+            having = ", ".join(other for other in MODELS if name in server_class(other).options())
+            option = "--" + name.replace("_", "-")
+            raise click.UsageError(f"{option} is no option of the model {model}, only of {having or 'none'}")
+    return given
+
+
+def _has_keyboard() -> bool:
+    """Whether standard input is a terminal that is ours: in the background a read would stop us."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _listeners(
+    hosts: "tuple[str, ...]", port: int, unix: "tuple[str, ...]", activated: bool
+) -> "Iterator[socket.socket]":
+    """Open them one after the other."""
+    if activated:
+        with one_line("--activated"):
+            given = listening.activated()
+        if not given:
+            raise click.ClickException("--activated: there are no sockets of a service manager (LISTEN_FDS)")
+        yield from given
+    for host in hosts or ([] if unix or activated else ["127.0.0.1"]):
+        with one_line(f"{host}:{port}"):
+            listener = listening.listen(host, port)
+        yield listener
+    for path in unix:
         with one_line(path):
-            log.close(timeout=stop_timeout)
-        for stop in (signal.SIGTERM, signal.SIGINT):  # asked twice: we end anyway, and with status 0
-            sigaction(stop, signal.SIG_IGN)
-    _show(stats)
+            listener = listening.listen_unix(path)
+        yield listener
 
 
-def _show(stats: ServerStats) -> None:
-    from rich.console import Console  # at the end only: what a server has loaded makes its forks dearer
-    from rich.table import Table
+def _open_log(path: str, format: str, durability: str) -> MessageLog:
+    with one_line(path):
+        return MessageLog(path, format=format, durability=durability)
 
-    ends = ", ".join(f"{count} {how}" for how, count in sorted(stats.ends.items()))
-    table = Table("", "count", title="served", title_justify="left")
-    table.columns[1].justify = "right"
-    table.add_row("connections", f"{stats.connections:,}" + (f" ({ends})" if ends else ""))
-    table.add_row("echoes", f"{stats.echoes:,}")
-    table.add_row("bytes", f"{stats.bytes:,}")
-    if stats.log:
-        table.add_row("log messages", f"{stats.log.messages:,}")
-        table.add_row("logger restarts", f"{stats.log.restarts:,}")
-    Console(stderr=True).print(table)
+
+def _made(
+    model: str, listeners: "list[socket.socket]", log: MessageLog | None, given: "dict[str, Any]"
+) -> Server:
+    try:
+        return server_class(model)(listeners, log, **given)
+    except ValueError as error:
+        if log is not None:
+            log.close()
+        raise click.UsageError(str(error)) from None
 
 
 @group.command()

@@ -19,12 +19,22 @@ from ipckit.servers.listening import listen
 from ipckit.servers.server import Server, ServerStats
 from ipckit.servers.service import EchoService, Service
 
-__all__ = ["MODELS", "EchoService", "Server", "ServerStats", "Service", "listen", "serve", "server"]
+__all__ = [
+    "MODELS", "EchoService", "Server", "ServerStats", "Service", "listen", "serve", "server", "server_class",
+]  # fmt: skip
 
 MODELS: "dict[str, str]" = {
     "fork": "ForkServer",
 }
 """the models, each a module of this package, and the class in it"""
+
+
+def server_class(model: str) -> "type[Server]":
+    """The class of that model; its ``options()`` tell what it takes. Raises: ValueError for no model."""
+    if model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, not {model!r}")
+    found: type[Server] = getattr(importlib.import_module(f"ipckit.servers.{model}"), MODELS[model])
+    return found
 
 
 def server(
@@ -37,12 +47,7 @@ def server(
 
     Raises: ValueError for an unknown model or a bad value; TypeError for an option that the model lacks.
     """
-    if model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, not {model!r}")
-    made: Server = getattr(importlib.import_module(f"ipckit.servers.{model}"), MODELS[model])(
-        listeners, log, **options
-    )
-    return made
+    return server_class(model)(listeners, log, **options)
 
 
 def serve(

@@ -132,6 +132,14 @@ class Server:
         self.loop = self._new_loop()
         """what the server waits with; ``loop.every()`` is there for who runs it"""
 
+    @classmethod
+    def options(cls) -> "dict[str, Any]":
+        """What this model can be told by keyword, and the defaults."""
+        found: dict[str, Any] = {}
+        for kind in reversed(cls.__mro__):
+            found |= getattr(vars(kind).get("__init__"), "__kwdefaults__", None) or {}
+        return found
+
     # --- what a model says
 
     def _new_loop(self) -> Loop:
@@ -170,14 +178,15 @@ class Server:
         """
         with SignalQueue(_SIGNALS) as signals:
             self._watch(signals)
-            event("listening", "listening on %s", ", ".join(map(endpoint, self.listeners)), model=self.model)
+            at = ", ".join(map(endpoint, self.listeners))
+            event("listening", "listening on %s", at, model=self.model, at=at, pid=os.getpid())
             try:
                 self._begin()
                 self._listen()
                 while not self._stopping:
                     self.loop.turn()
             finally:
-                event("stopping", "stopping: %d connections are open", self._open())
+                event("stopping", "stopping: %d connections are open", self._open(), open=self._open())
                 for listener in self.listeners:
                     self.loop.forget(listener)
                     listener.close()
@@ -273,7 +282,8 @@ class Server:
         if now - self._last_warning >= 1:
             self._last_warning = now
             why = os.strerror(error.errno or 0)
-            event("shortage", "%s: %s; new connections wait", call, why, level=logging.WARNING)
+            text = "%s: %s; new connections wait"
+            event("shortage", text, call, why, level=logging.WARNING, call=call, error=why)
 
     def _go_on(self) -> None:
         self._paused = False
@@ -283,11 +293,14 @@ class Server:
 
     def _started(self, connection: Connection) -> None:
         if _log.isEnabledFor(logging.INFO):
-            event("connected", "connection %d from %s", connection.number, connection.peer)
+            number, peer = connection.number, connection.peer
+            event("connected", "connection %d from %s", number, peer, connection=number, peer=peer)
 
     def _ended(self, number: int, peer: str, how: str | None) -> None:
         if _log.isEnabledFor(logging.INFO):
-            event("ended", "connection %d from %s ended: %s", number, peer, how or "?")
+            how = how or "?"
+            text = "connection %d from %s ended: %s"
+            event("ended", text, number, peer, how, connection=number, peer=peer, how=how)
 
     def stats(self) -> ServerStats:
         """The counters of this moment."""
