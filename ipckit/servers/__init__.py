@@ -23,6 +23,10 @@ __all__ = ["MODELS", "EchoService", "Server", "ServerStats", "Service", "listen"
 
 MODELS: "dict[str, str]" = {
     "fork": "ForkServer",
+    "iterative": "IterativeServer",
+    "select": "SelectServer",
+    "poll": "PollServer",
+    "epoll": "EpollServer",
 }
 """the models, each a module of this package, and the class in it"""
 
