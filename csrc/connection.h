@@ -23,8 +23,9 @@ enum ik_connection_end {
     IK_END_SERVICE_FAILED = 8, /* the service raised */
     IK_END_TOO_MUCH = 9,       /* the answer was longer than max_output */
     IK_END_NO_MEMORY = 10,
-    IK_END_CUT = 11, /* still open when the server had waited long enough to stop */
-    IK_ENDS = 12
+    IK_END_CUT = 11,     /* still open when the server had waited long enough to stop */
+    IK_END_REFUSED = 12, /* the server can't wait for a descriptor of that number */
+    IK_ENDS = 13
 };
 
 /* What a step came to: what it waits for, or what the caller has to do now. */
@@ -47,7 +48,7 @@ typedef struct ik_server_counters {
     uint64_t accepted;
     uint64_t echoes; /* pieces answered */
     uint64_t bytes;  /* of the answers */
-    uint64_t ends[12];
+    uint64_t ends[13];
 } ik_server_counters;
 
 typedef struct ik_connection {

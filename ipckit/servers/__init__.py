@@ -25,6 +25,10 @@ __all__ = [
 
 MODELS: "dict[str, str]" = {
     "fork": "ForkServer",
+    "iterative": "IterativeServer",
+    "select": "SelectServer",
+    "poll": "PollServer",
+    "epoll": "EpollServer",
 }
 """the models, each a module of this package, and the class in it"""
 

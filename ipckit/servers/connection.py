@@ -7,11 +7,14 @@ for; the models differ in how they wait, and in nothing else.
 
 import logging
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.servers.service import EchoService, Service
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["ENDS", "Connection", "Terms", "accept", "new_block"]
 
@@ -26,6 +29,7 @@ ENDS: "dict[int, str]" = {
     lib.IK_END_TOO_MUCH: "too much",
     lib.IK_END_NO_MEMORY: "no memory",
     lib.IK_END_CUT: "cut",
+    lib.IK_END_REFUSED: "refused",
 }
 """how a connection ended, by the number that C gives it"""
 
@@ -88,7 +92,7 @@ class Connection:
         self.service: Service | None = None if native.echoes else self._new(terms.service)
 
     @classmethod
-    def accept(cls, terms: Terms, listener: socket.socket, block: Any) -> "Connection":
+    def accept(cls, terms: Terms, listener: socket.socket, block: Any) -> "Self":
         """The next client of *listener*. Raises: OSError of accept(2), EAGAIN if there is none."""
         native = ffi.new("ik_connection *")
         terms.fill(native)

@@ -41,20 +41,27 @@ class Loop:
         self._moments: list[tuple[float, int, float | None, Callable[[], object]]] = []
         self._order = itertools.count()
 
-    def watch(self, source: HasFileno, events: int, handler: Handler) -> None:
+    def watch(self, source: "HasFileno | int", events: int, handler: Handler) -> None:
         """Call ``handler(events)`` whenever *source* is ready for one of *events*, fails or hangs up."""
-        fd = source.fileno()
+        fd = _number(source)
         self.poller.register(fd, events)
         self.handlers[fd] = handler
 
-    def watches(self, source: HasFileno) -> bool:
-        return source.fileno() in self.handlers
+    def watches(self, source: "HasFileno | int") -> bool:
+        return _number(source) in self.handlers
 
-    def forget(self, source: HasFileno) -> None:
+    def forget(self, source: "HasFileno | int") -> None:
         """End watch(), before the descriptor is closed."""
-        fd = source.fileno()
+        fd = _number(source)
         if self.handlers.pop(fd, None) is not None:
             self.poller.unregister(fd)
+
+    def close(self) -> None:
+        """Forget all; close the poller, if it is a descriptor itself."""
+        self.handlers.clear()
+        self._moments.clear()
+        if hasattr(self.poller, "close"):
+            self.poller.close()
 
     def after(self, seconds: float, handler: Callable[[], object]) -> None:
         """Call ``handler()`` once, so many seconds from now."""
@@ -93,3 +100,7 @@ class Loop:
             if period is not None:
                 self._push(now + period, period, handler)
             handler()
+
+
+def _number(source: "HasFileno | int") -> int:
+    return source if isinstance(source, int) else source.fileno()

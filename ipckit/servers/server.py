@@ -66,7 +66,7 @@ class ServerStats:
     """of the answers"""
     ends: "dict[str, int]"
     """how connections ended: done, idle, not read, reset, log failed, expired, service failed, too much,
-    no memory, cut (still open at the stop), killed"""
+    no memory, cut (still open at the stop), refused (by select, for its number), killed"""
     workers: int
     """processes or threads that serve, now"""
     replaced: int
@@ -192,6 +192,7 @@ class Server:
                     listener.close()
                 self._stopping = True
                 self._end(time.monotonic() + (1e9 if stop_timeout is None else stop_timeout))
+                self.loop.close()
                 event("stopped", "stopped")
 
     def stop(self) -> None:
@@ -224,8 +225,8 @@ class Server:
             self.loop.watch(self._log, READ, self._logger_died)
 
     def _logger_died(self, _: int) -> None:
-        self._change_log(lambda log: log.supervise())
-        event("logger died", "the logger died; another one goes on", level=logging.WARNING)
+        if self._change_log(lambda log: log.supervise()):
+            event("logger died", "the logger died; another one goes on", level=logging.WARNING)
 
     def _reopen(self) -> None:
         if self._log is None:
@@ -237,12 +238,12 @@ class Server:
         else:
             event("log reopened", "the log %s is open again", self._log.path)
 
-    def _change_log(self, change: Any) -> None:
+    def _change_log(self, change: Callable[[MessageLog], _T]) -> _T:
         """The logger's descriptor is another one after this."""
         assert self._log is not None
         self.loop.forget(self._log)
         try:
-            change(self._log)
+            return change(self._log)
         finally:
             self._watch_logger()
 

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""The textbook's multiplexing server: one process, one wait for all of its descriptors.
+
+::
+
+    listen -> loop: wait until some are ready -> the listener: accept, and wait for that client too
+                                              -> a client: receive a piece, log it, send it back
+                                              -> the keyboard: print the line; quit ends the server
+
+A client that is ready gets one piece served, then the others have their turn: nobody is read until its
+end of file while the rest wait. What can't be sent at once is kept, and nothing more is read from that
+client until it has taken it. Nothing here waits but the loop. What it waits with is the difference
+between the models select, poll and epoll.
+"""
+
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from ipckit._native import lib
+from ipckit.messagelog import MessageLog
+from ipckit.servers.connection import Connection, new_block
+from ipckit.servers.keyboard import Keyboard
+from ipckit.servers.loop import READ, WRITE, HasFileno
+from ipckit.servers.server import Server
+
+__all__ = ["MultiplexServer"]
+
+# So many at a time, so that a rush of new clients doesn't keep those that are served waiting.
+_ACCEPTS = 16
+_LOG_STEPS = 64
+_MOMENT = 0.001
+
+
+class _Client(Connection):
+    """A connection, and what the loop looks for on its behalf."""
+
+    __slots__ = ("server", "waits_for")
+
+    server: "MultiplexServer"
+    waits_for: int
+
+    def ready(self, _: int) -> None:
+        """Its turn: a piece at the most."""
+        wanted = self.step()
+        if wanted != self.waits_for:
+            self.server._wait_for(self, wanted)
+
+
+class MultiplexServer(Server):
+    """Serve all connections in this process, a piece at a time.
+
+    Args: keyboard: a file or descriptor, such as ``sys.stdin``: each line that is typed is printed,
+        ``quit`` ends the server, end of file is the end of the keyboard only. One that can't be waited
+        for (with epoll a file, or /dev/null) is left out. None: no keyboard.
+        The others: see Server.
+    """
+
+    def __init__(
+        self,
+        listeners: "socket.socket | Sequence[socket.socket]",
+        log: MessageLog | None = None,
+        *,
+        keyboard: "HasFileno | int | None" = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(listeners, log, **options)
+        self._keyboard = None if keyboard is None else Keyboard(keyboard, self.loop, self.stop)
+        self._block = new_block()  # one for all, because they take turns
+        self._clients: set[_Client] = set()
+        self._for_room: deque[_Client] = deque()  # in the log's pipe
+        self._for_log: list[_Client] = []  # to acknowledge their piece
+        self._lingering: list[_Client] = []
+
+    def _open(self) -> int:
+        return len(self._clients)
+
+    def _begin(self) -> None:
+        if self._keyboard is not None:
+            self._keyboard.watch()
+        if self._terms.tick is not None:
+            self.loop.every(self._terms.tick, self._tick)
+
+    # --- a client's life
+
+    def _arrived(self, listener: socket.socket) -> None:
+        for _ in range(_ACCEPTS):
+            if self._open() == self._max_connections or not self._accept(listener):
+                break
+        self._listen()
+
+    def _accept(self, listener: socket.socket) -> bool:
+        client = self._try("accept", lambda: _Client.accept(self._terms, listener, self._block))
+        if client is None:
+            return False
+        client.server, client.waits_for = self, 0
+        self._clients.add(client)
+        if not self._can_watch(client.fileno()):
+            self._wait_for(client, lib.ik_connection_abort(client.native, lib.IK_END_REFUSED))
+            return True
+        self._started(client)
+        self._wait_for(client, client.start())
+        return True
+
+    def _can_watch(self, fd: int) -> bool:
+        """Whether a client may have that descriptor."""
+        return True
+
+    def _wait_for(self, client: _Client, wanted: int) -> None:
+        """Have the loop look for what the client waits for now, or end it."""
+        was, client.waits_for = client.waits_for, wanted
+        watched = was in (READ, WRITE)
+        if wanted in (READ, WRITE):
+            if watched:
+                self.loop.poller.modify(client.fileno(), wanted)
+            else:
+                self.loop.watch(client, wanted, client.ready)
+            return
+        if (
+            watched
+        ):  # nothing is asked of the client now, and that it hangs up must not wake us again and again
+            self.loop.forget(client)
+        if wanted == lib.IK_STEP_ENDED:
+            self._close(client)
+        else:
+            self._wait_elsewhere(client, wanted)
+
+    def _close(self, client: _Client) -> None:
+        was_full = self._open() == self._max_connections
+        self._clients.remove(client)
+        client.close()
+        self._ended(client.number, client.peer, client.end)
+        if self._paused:  # now there is one of what was short
+            self._go_on()
+        elif was_full:
+            self._listen()
+
+    def _tick(self) -> None:
+        now = time.monotonic_ns()
+        for client in self._clients:
+            lib.ik_connection_tick(client.native, now)
+
+    # --- waiting for something else than the client
+
+    def _wait_elsewhere(self, client: _Client, wanted: int) -> None:
+        if wanted == lib.IK_STEP_LOG:
+            if not self._for_room:
+                self.loop.watch(self._terms.log.native.writer, WRITE, self._room)
+            self._for_room.append(client)
+        elif wanted == lib.IK_STEP_ACK:
+            if not self._for_log:
+                self.loop.after(_MOMENT, self._acknowledged)
+            self._for_log.append(client)
+        else:
+            if not self._lingering:
+                self.loop.after(_MOMENT, self._flush)
+            self._lingering.append(client)
+
+    def _room(self, _: int) -> None:
+        """The log's pipe has room: who has waited longest goes first, until it is full again."""
+        for _ in range(min(len(self._for_room), _LOG_STEPS)):
+            client = self._for_room[0]
+            wanted = client.step()
+            if wanted == lib.IK_STEP_LOG:
+                return
+            self._for_room.popleft()
+            self._wait_for(client, wanted)
+        if not self._for_room:
+            self.loop.forget(self._terms.log.native.writer)
+
+    def _acknowledged(self) -> None:
+        waiting, self._for_log = self._for_log, []
+        for client in waiting:
+            self._wait_for(client, client.step())
+
+    def _flush(self) -> None:
+        """Close those whose last answer has arrived; closing earlier might reset the connection."""
+        lingering, self._lingering = self._lingering, []
+        for client in lingering:
+            flushed = lib.ik_connection_flushed(client.native)
+            self._wait_for(client, lib.IK_STEP_ENDED if flushed else lib.IK_STEP_LINGER)
+
+    # --- the end
+
+    def _end(self, deadline: float) -> None:
+        for client in self._clients:
+            lib.ik_connection_stop(client.native)  # it is readable now, if only for its end of file
+        while self._clients and time.monotonic() < deadline:
+            self.loop.turn(deadline)
+        for client in list(self._clients):
+            self._wait_for(client, lib.IK_STEP_ENDED)
