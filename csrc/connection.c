@@ -18,7 +18,8 @@
 #include "wait.h"
 
 /* A record of so many bytes is, as base64 with its head, no longer than PIPE_BUF. */
-enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880, LINGER_NS = 500000000, MOMENT_NS = 1000000 };
+enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880 };
+enum { LINGER_NS = 500000000, LOG_SLICE_NS = 500000000, MOMENT_NS = 1000000 };
 _Static_assert(sizeof((ik_server_counters *)0)->ends / sizeof(uint64_t) == IK_ENDS, "one for each");
 _Static_assert((int)RAW_PIECE == (int)IK_PIECE, "a piece of a raw log is one atomic write");
 
@@ -196,6 +197,11 @@ static int keep(ik_connection *c, int wanted) {
     return wanted;
 }
 
+/* In slices, because nothing interrupts a thread that is to be cut while the log is full. */
+static int waits_on(const ik_connection *c, int rc) {
+    return (rc == -EINTR || (rc == -ETIMEDOUT && c->blocking)) && get(&c->expired) != IK_END_CUT;
+}
+
 static int append(ik_connection *c) {
     char line[PIPE_BUF + 512];
     c->append.data = c->data;
@@ -207,8 +213,8 @@ static int append(ik_connection *c) {
     int rc;
     do {
         set(&c->moved, 1); /* it is not the client that we wait for */
-        rc = ik_log_append(c->log, &c->append, c->blocking ? IK_FOREVER : IK_NOW);
-    } while (rc == -EINTR && get(&c->expired) != IK_END_CUT);
+        rc = ik_log_append(c->log, &c->append, c->blocking ? ik_wait_now() + LOG_SLICE_NS : IK_NOW);
+    } while (waits_on(c, rc));
     return rc;
 }
 
@@ -218,7 +224,7 @@ static int log_piece(ik_connection *c) {
         return keep(c, c->append.asked ? IK_STEP_ACK : IK_STEP_LOG);
     if (rc < 0) {
         ik_log_abandon(c->log, &c->append);
-        return ik_connection_abort(c, IK_END_LOG_FAILED);
+        return ik_connection_abort(c, get(&c->expired) == IK_END_CUT ? IK_END_CUT : IK_END_LOG_FAILED);
     }
     c->state = ANSWERING;
     return -EAGAIN;
@@ -317,6 +323,10 @@ void ik_connection_tick(ik_connection *c, int64_t now_ns) {
         expire(c, IK_END_EXPIRED);
 }
 
+void ik_connection_cut(ik_connection *c) {
+    expire(c, IK_END_CUT);
+}
+
 void ik_connection_stop(ik_connection *c) {
     set(&c->stopping, 1);
     shutdown(c->socket, SHUT_RD);
@@ -329,7 +339,7 @@ int ik_connection_flushed(ik_connection *c) {
     while (recv(c->socket, dropped, sizeof dropped, MSG_DONTWAIT) > 0)
         ;
     return ioctl(c->socket, SIOCOUTQ, &unsent) < 0 || unsent == 0 ||
-           ik_wait_now() >= c->linger_until_ns;
+           get(&c->expired) == IK_END_CUT || ik_wait_now() >= c->linger_until_ns;
 }
 
 void ik_connection_close(ik_connection *c) {
@@ -341,22 +351,27 @@ void ik_connection_close(ik_connection *c) {
     c->socket = -1;
 }
 
-int ik_connection_finish(ik_connection *c) {
+void ik_connection_linger(ik_connection *c) {
     if (c->state == LINGERING)
         while (!ik_connection_flushed(c))
             ik_wait_fd(-1, 0, ik_wait_now() + MOMENT_NS);
-    ik_connection_close(c);
-    return c->end;
 }
 
-int ik_connection_run(ik_connection *c) {
+int ik_connection_serve(ik_connection *c) {
     char block[IK_PIECE];
     int wanted;
     c->blocking = 1;
     do
         wanted = ik_connection_step(c, block);
     while (wanted == IK_STEP_READ);
-    return ik_connection_finish(c);
+    ik_connection_linger(c);
+    return c->end;
+}
+
+int ik_connection_run(ik_connection *c) {
+    ik_connection_serve(c);
+    ik_connection_close(c);
+    return c->end;
 }
 
 /* --- a child of its own ------------------------------------------------------------------------*/

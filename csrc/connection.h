@@ -101,11 +101,14 @@ int ik_connection_answer(ik_connection *c, const char *answer, size_t len, int c
 /* End it now, as end says. IK_STEP_ENDED. */
 int ik_connection_abort(ik_connection *c, int end);
 
-/* All steps of a blocking echo connection until its end, and close. Its end. */
+/* All steps of a blocking echo connection until its end, lingering too, and close. Its end. */
 int ik_connection_run(ik_connection *c);
 
-/* Linger if it must, then close, once it has ended; count the end. Its end. */
-int ik_connection_finish(ik_connection *c);
+/* The same without the close, for a thread that must first keep the others from the number. */
+int ik_connection_serve(ik_connection *c);
+
+/* Wait, where it must after its end, until the client has all of the answer, or has had its time. */
+void ik_connection_linger(ik_connection *c);
 
 /* One look at what lingers: 1 when the client has all of the answer, or has had its time. */
 int ik_connection_flushed(ik_connection *c);
@@ -115,6 +118,10 @@ void ik_connection_close(ik_connection *c);
 
 /* Answer what has come already, then end. From a signal handler or another thread too. */
 void ik_connection_stop(ik_connection *c);
+
+/* End it at once, whatever it waits for (the log within half a second); it counts as cut. From another
+ * thread too. */
+void ik_connection_cut(ik_connection *c);
 
 /* See to the deadlines, IK_TICKS times in the shorter of them. From a signal handler or another
  * thread too; the next step then ends the connection. */

@@ -23,6 +23,7 @@ __all__ = ["MODELS", "EchoService", "Server", "ServerStats", "Service", "listen"
 
 MODELS: "dict[str, str]" = {
     "fork": "ForkServer",
+    "thread": "ThreadServer",
 }
 """the models, each a module of this package, and the class in it"""
 

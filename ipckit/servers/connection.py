@@ -147,17 +147,24 @@ class Connection:
         return rc
 
     def run(self) -> int:
-        """All of a client that its process or thread has for its own: block until the end, then close.
+        """All of a client that its process has for its own: block until the end, then close.
 
         Returns: the end, as C numbers them.
         """
+        end = self.serve()
+        self.close()
+        return end
+
+    def serve(self) -> int:
+        """The same without the close, for a thread that must first keep the others from the number."""
         self.native.blocking = True
         if self.service is None:
-            return int(lib.ik_connection_run(self.native))
+            return int(lib.ik_connection_serve(self.native))
         wanted = self.start()
         while wanted == lib.IK_STEP_READ:
             wanted = self.step()
-        return int(lib.ik_connection_finish(self.native))
+        lib.ik_connection_linger(self.native)
+        return int(self.native.end)
 
     def close(self) -> None:
         """Close it; an open one counts as cut."""
