@@ -151,20 +151,20 @@ class Connection:
 
         Returns: the end, as C numbers them.
         """
-        end = self.serve()
-        self.close()
-        return end
-
-    def serve(self) -> int:
-        """The same without the close, for a thread that must first keep the others from the number."""
         self.native.blocking = True
         if self.service is None:
-            return int(lib.ik_connection_serve(self.native))
+            return int(lib.ik_connection_run(self.native))
+        self.serve()
+        self.close()
+        return int(self.native.end)
+
+    def serve(self) -> None:
+        """The same, of a service in Python, without the close: as a thread must do it."""
+        self.native.blocking = True
         wanted = self.start()
         while wanted == lib.IK_STEP_READ:
             wanted = self.step()
-        lib.ik_connection_linger(self.native)
-        return int(self.native.end)
+        lib.ik_connection_hang_up(self.native)
 
     def close(self) -> None:
         """Close it; an open one counts as cut."""
