@@ -60,8 +60,8 @@ class ThreadServer(Server):
         # A thread writes the number of its connection into it at its end. Only the main thread closes
         # sockets, so that its ticks and stops can't hit the next client that got the same descriptor.
         reader, writer = os.pipe()
-        self._ends = open(reader, "rb", buffering=0)  # noqa: SIM115 - closed at the stop
-        self._at_end = open(writer, "wb", buffering=0)  # noqa: SIM115
+        self._reader = open(reader, "rb", buffering=0)  # noqa: SIM115 - closed at the stop
+        self._writer = open(writer, "wb", buffering=0)  # noqa: SIM115
 
     def _open(self) -> int:
         return len(self._serving) + (self._held is not None)
@@ -70,7 +70,7 @@ class ThreadServer(Server):
         return len(self._serving)
 
     def _begin(self) -> None:
-        self.loop.watch(self._ends, READ, self._join)
+        self.loop.watch(self._reader, READ, self._join)
         if self._terms.tick:
             self.loop.every(self._terms.tick, self._tick)
 
@@ -92,7 +92,7 @@ class ThreadServer(Server):
 
     def _start_thread(self, connection: Connection) -> Callable[[], None]:
         if self._terms.native_service:  # a thread in C, which never waits for the interpreter
-            told = self._at_end.fileno()
+            told = self._writer.fileno()
             native = ffi.new("ik_connection_thread *", {"connection": connection.native, "told": told})
             check(lib.ik_connection_start_thread(native), "thread")
             return functools.partial(lib.ik_connection_join, native)
@@ -107,10 +107,10 @@ class ThreadServer(Server):
         try:
             connection.serve()
         finally:
-            self._at_end.write(connection.number.to_bytes(8, sys.byteorder))
+            self._writer.write(connection.number.to_bytes(8, sys.byteorder))
 
     def _join(self, _: int = 0) -> None:
-        for number in memoryview(os.read(self._ends.fileno(), 1 << 16)).cast("Q"):
+        for number in memoryview(os.read(self._reader.fileno(), 1 << 16)).cast("Q"):
             connection, join = self._serving.pop(number)
             join()
             connection.close()
@@ -145,9 +145,9 @@ class ThreadServer(Server):
         if self._serving:
             event("stuck", "%d services have not returned", len(self._serving), level=logging.WARNING)
             return
-        self.loop.forget(self._ends)
-        self._ends.close()
-        self._at_end.close()
+        self.loop.forget(self._reader)
+        self._reader.close()
+        self._writer.close()
 
     def _await_threads(self, deadline: float) -> None:
         while self._serving and time.monotonic() < deadline:
