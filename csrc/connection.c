@@ -6,6 +6,7 @@
 #include <linux/sockios.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +19,11 @@
 #include "wait.h"
 
 /* A record of so many bytes is, as base64 with its head, no longer than PIPE_BUF. */
-enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880, LINGER_NS = 500000000, MOMENT_NS = 1000000 };
+enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880 };
+enum { LINGER_NS = 500000000, LOG_SLICE_NS = 500000000, MOMENT_NS = 1000000 };
+enum {
+    THREAD_STACK = 256 << 10
+}; /* a step needs two pages, the C library keeps small ones for reuse */
 _Static_assert(sizeof((ik_server_counters *)0)->ends / sizeof(uint64_t) == IK_ENDS, "one for each");
 _Static_assert((int)RAW_PIECE == (int)IK_PIECE, "a piece of a raw log is one atomic write");
 
@@ -196,6 +201,11 @@ static int keep(ik_connection *c, int wanted) {
     return wanted;
 }
 
+/* In slices, because nothing interrupts a thread that is to be cut while the log is full. */
+static int waits_on(const ik_connection *c, int rc) {
+    return (rc == -EINTR || (rc == -ETIMEDOUT && c->blocking)) && get(&c->expired) != IK_END_CUT;
+}
+
 static int append(ik_connection *c) {
     char line[PIPE_BUF + 512];
     c->append.data = c->data;
@@ -207,8 +217,8 @@ static int append(ik_connection *c) {
     int rc;
     do {
         set(&c->moved, 1); /* it is not the client that we wait for */
-        rc = ik_log_append(c->log, &c->append, c->blocking ? IK_FOREVER : IK_NOW);
-    } while (rc == -EINTR && get(&c->expired) != IK_END_CUT);
+        rc = ik_log_append(c->log, &c->append, c->blocking ? ik_wait_now() + LOG_SLICE_NS : IK_NOW);
+    } while (waits_on(c, rc));
     return rc;
 }
 
@@ -218,7 +228,8 @@ static int log_piece(ik_connection *c) {
         return keep(c, c->append.asked ? IK_STEP_ACK : IK_STEP_LOG);
     if (rc < 0) {
         ik_log_abandon(c->log, &c->append);
-        return ik_connection_abort(c, IK_END_LOG_FAILED);
+        return ik_connection_abort(c,
+                                   get(&c->expired) == IK_END_CUT ? IK_END_CUT : IK_END_LOG_FAILED);
     }
     c->state = ANSWERING;
     return -EAGAIN;
@@ -317,6 +328,10 @@ void ik_connection_tick(ik_connection *c, int64_t now_ns) {
         expire(c, IK_END_EXPIRED);
 }
 
+void ik_connection_cut(ik_connection *c) {
+    expire(c, IK_END_CUT);
+}
+
 void ik_connection_stop(ik_connection *c) {
     set(&c->stopping, 1);
     shutdown(c->socket, SHUT_RD);
@@ -329,7 +344,7 @@ int ik_connection_flushed(ik_connection *c) {
     while (recv(c->socket, dropped, sizeof dropped, MSG_DONTWAIT) > 0)
         ;
     return ioctl(c->socket, SIOCOUTQ, &unsent) < 0 || unsent == 0 ||
-           ik_wait_now() >= c->linger_until_ns;
+           get(&c->expired) == IK_END_CUT || ik_wait_now() >= c->linger_until_ns;
 }
 
 void ik_connection_close(ik_connection *c) {
@@ -341,22 +356,70 @@ void ik_connection_close(ik_connection *c) {
     c->socket = -1;
 }
 
-int ik_connection_finish(ik_connection *c) {
+static void linger(ik_connection *c) {
     if (c->state == LINGERING)
         while (!ik_connection_flushed(c))
             ik_wait_fd(-1, 0, ik_wait_now() + MOMENT_NS);
-    ik_connection_close(c);
-    return c->end;
 }
 
-int ik_connection_run(ik_connection *c) {
+static void step_until_end(ik_connection *c) {
     char block[IK_PIECE];
     int wanted;
     c->blocking = 1;
     do
         wanted = ik_connection_step(c, block);
     while (wanted == IK_STEP_READ);
-    return ik_connection_finish(c);
+}
+
+int ik_connection_run(ik_connection *c) {
+    step_until_end(c);
+    linger(c);
+    ik_connection_close(c);
+    return c->end;
+}
+
+/* --- a thread of its own -----------------------------------------------------------------------*/
+
+void ik_connection_hang_up(ik_connection *c) {
+    linger(c);
+    shutdown(c->socket, SHUT_RDWR);
+}
+
+static void *serve(void *argument) {
+    ik_connection_thread *thread = argument;
+    step_until_end(thread->connection);
+    ik_connection_hang_up(thread->connection);
+    uint64_t number = thread->connection->number;
+    ssize_t n;
+    do
+        n = write(thread->told, &number, sizeof number);
+    while (n < 0 && errno == EINTR);
+    return NULL;
+}
+
+static int create(ik_connection_thread *thread) {
+    pthread_t handle;
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, THREAD_STACK);
+    int rc = pthread_create(&handle, &attributes, serve, thread);
+    pthread_attr_destroy(&attributes);
+    thread->handle = (uint64_t)handle;
+    return -rc;
+}
+
+int ik_connection_start_thread(ik_connection_thread *thread) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all,
+                    &before); /* a handler belongs into the interpreter's thread */
+    int rc = create(thread);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return rc;
+}
+
+void ik_connection_join(ik_connection_thread *thread) {
+    pthread_join((pthread_t)thread->handle, NULL);
 }
 
 /* --- a child of its own ------------------------------------------------------------------------*/

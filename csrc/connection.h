@@ -87,6 +87,13 @@ typedef struct ik_connection_job {
     ik_log log;
 } ik_connection_job;
 
+/* A thread that serves one connection. */
+typedef struct ik_connection_thread {
+    ik_connection *connection;
+    int told; /* a pipe */
+    uint64_t handle;
+} ik_connection_thread;
+
 /* Accept from a listening socket: fills in socket, number, peer and the times. 0 or -errno.
  * The peer is "127.0.0.1:5000", "[::1]:5000" or, of a Unix socket, "pid 1 uid 0". See accept(2). */
 int ik_connection_accept(ik_connection *c, int listener);
@@ -102,11 +109,19 @@ int ik_connection_answer(ik_connection *c, const char *answer, size_t len, int c
 /* End it now, as end says. IK_STEP_ENDED. */
 int ik_connection_abort(ik_connection *c, int end);
 
-/* All steps of a blocking echo connection until its end, and close. Its end. */
+/* All steps of a blocking echo connection until its end, lingering too, and close. Its end. */
 int ik_connection_run(ik_connection *c);
 
-/* Linger if it must, then close, once it has ended; count the end. Its end. */
-int ik_connection_finish(ik_connection *c);
+/* Those steps, by a thread of their own. When the client has all that it gets, told gets the number
+ * of the connection, as 8 bytes; then comes ik_connection_join(), and closing it is left to who
+ * ticks and stops it, so that nobody does that to another socket of the same number. 0 or -errno:
+ * -EAGAIN: out of memory, or at the limit of processes, which counts threads. */
+int ik_connection_start_thread(ik_connection_thread *thread);
+void ik_connection_join(ik_connection_thread *thread);
+
+/* For a blocking connection that is not an echo, after its last step: wait, where it must, until
+ * the client has all of the answer, or has had its time; then hang up, without closing it. */
+void ik_connection_hang_up(ik_connection *c);
 
 /* One look at what lingers: 1 when the client has all of the answer, or has had its time. */
 int ik_connection_flushed(ik_connection *c);
@@ -116,6 +131,10 @@ void ik_connection_close(ik_connection *c);
 
 /* Answer what has come already, then end. From a signal handler or another thread too. */
 void ik_connection_stop(ik_connection *c);
+
+/* End it at once, whatever it waits for (the log within half a second); it counts as cut. From
+ * another thread too. */
+void ik_connection_cut(ik_connection *c);
 
 /* See to the deadlines, IK_TICKS times in the shorter of them. From a signal handler or another
  * thread too; the next step then ends the connection. */

@@ -151,17 +151,24 @@ class Connection:
         return rc
 
     def run(self) -> int:
-        """All of a client that its process or thread has for its own: block until the end, then close.
+        """All of a client that its process has for its own: block until the end, then close.
 
         Returns: the end, as C numbers them.
         """
         self.native.blocking = True
         if self.service is None:
             return int(lib.ik_connection_run(self.native))
+        self.serve()
+        self.close()
+        return int(self.native.end)
+
+    def serve(self) -> None:
+        """The same, of a service in Python, without the close: as a thread must do it."""
+        self.native.blocking = True
         wanted = self.start()
         while wanted == lib.IK_STEP_READ:
             wanted = self.step()
-        return int(lib.ik_connection_finish(self.native))
+        lib.ik_connection_hang_up(self.native)
 
     def close(self) -> None:
         """Close it; an open one counts as cut."""

@@ -19,6 +19,8 @@ WRITE: int = select.POLLOUT
 
 Handler = Callable[[int], object]
 
+_LONGEST = 3600.0  # poll(2) counts in an int of milliseconds
+
 
 class HasFileno(Protocol):
     """What can be watched."""
@@ -91,7 +93,8 @@ class Loop:
         if until is None:
             return None
         # Not a hair too early, or the loop would turn until the moment has come.
-        return max(0.0, until - time.monotonic()) * self._per_second + 1e-4 * self._per_second
+        seconds = max(0.0, until - time.monotonic()) + 1e-4
+        return min(seconds, _LONGEST) * self._per_second
 
     def _run_moments(self) -> None:
         now = time.monotonic()
