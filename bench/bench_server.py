@@ -9,7 +9,6 @@ the machine may be faster or slower in the next; the table shows the medians.
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import re
@@ -24,6 +23,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ipckit.load import LoadReport, run_load
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ROOT / "build" / "bench"
@@ -111,12 +112,11 @@ def running(server: Server, folder: Path, log: Path) -> Iterator[int]:
         os.close(pidfd)
 
 
-def load(mode: str, port: int, seconds: float) -> dict[str, float]:
-    command = [PROGRAMS / "load", mode, "127.0.0.1", str(port), "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise Failed(f"{mode}: {done.stderr.strip()}")
-    return json.loads(done.stdout)
+def load(mode: str, port: int, seconds: float) -> LoadReport:
+    report = run_load(("127.0.0.1", port), duration=seconds, reconnect=mode == "connections")
+    if report.errors:
+        raise Failed(f"{mode}: {report.errors}, {report.first}")
+    return report
 
 
 def measure(server: Server, seconds: float) -> None:
@@ -125,11 +125,11 @@ def measure(server: Server, seconds: float) -> None:
         with running(server, Path(name), log) as port:
             warm_up = load("connections", port, min(0.2, seconds))
             results = [load(mode, port, seconds) for mode in MODES]
-        echoed = sum(result["bytes"] for result in [warm_up, *results])
+        echoed = sum(result.bytes for result in [warm_up, *results])
         if server.logs and log.stat().st_size != echoed:
             raise Failed(f"{echoed} bytes were echoed, {log.stat().st_size} are in the log")
     for mode, result in zip(MODES, results, strict=True):
-        server.rates[mode].append(result["rate"])
+        server.rates[mode].append(result.rate)
 
 
 def play(field_of: list[Server], rounds: int, seconds: float) -> None:
