@@ -118,7 +118,7 @@ model:
 mutants: $(VENV)/.built-dev
 	$(BIN)/python tests/proof/mutants.py
 
-build/bench/%: bench/c/%.c
+build/bench/%: bench/c/%.c $(wildcard bench/c/*.h)
 	@mkdir -p $(@D)
 	$(CC) -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -o $@ $< -pthread
 
@@ -141,16 +141,16 @@ cpeers: $(CPEERS)
 lint: $(VENV)/.built-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] tests/c/*.c tests/proof/*.c $(wildcard bench/c/*.c)
+	$(BIN)/clang-format --dry-run -Werror csrc/*.[ch] tests/c/*.c tests/proof/*.c $(wildcard bench/c/*.[ch])
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only . ; $(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c tests/proof/*.c $(wildcard bench/c/*.c)
+	$(BIN)/clang-format -i csrc/*.[ch] tests/c/*.c tests/proof/*.c $(wildcard bench/c/*.[ch])
 
 proof: $(VENV)/.built-dev ctest cpeers proofs
 	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s -m proof $(PYTEST)
 
-bench-server bench-streams bench-objects bench-sync: bench-%: $(VENV)/.built-dev cbench
+bench-streams bench-objects bench-sync: bench-%: $(VENV)/.built-dev cbench
 	$(BIN)/python bench/bench_$*.py $(BENCH)
 
 # The peers one by one, so that what does not install here is named and left out.
@@ -158,8 +158,8 @@ $(VENV)/.bench: $(VENV)/.built-dev
 	$(BIN)/python bench/install_peers.py
 	touch $@
 
-bench-engine: $(VENV)/.bench cbench
-	$(BIN)/python bench/bench_engine.py $(BENCH)
+bench-engine bench-server: bench-%: $(VENV)/.bench cbench
+	$(BIN)/python bench/bench_$*.py $(BENCH)
 
 matrix:
 	@for python in $$(.ci/pythons); do \

@@ -1,209 +1,176 @@
 # SPDX-License-Identifier: MIT
-"""ipckit's fork server beside the textbook one in C and the standard library's, as ratios in one run.
+"""Measure every model of ``ipckit serve`` against servers in C, of the standard library, and on uvloop.
 
-Each round starts every server in turn, loads it with short connections (connect, echo 64 bytes,
-close) and with long ones (16 of them, each sending a message when the one before is back), stops
-it, and compares the size of its log with what was echoed. Ratios are taken within a round, because
-the machine may be faster or slower in the next; the table shows the medians.
+    python bench/bench_server.py [--quick] [--only TEXT] [--rounds N] [--seconds S] [--csv FILE]
+                                 [--picture FILE]
+    python bench/bench_server.py --growth [--quick] [--rounds N] [--seconds S] [--csv FILE]
+
+Each round starts every server in turn, loads it with short connections (connect, echo 64 bytes, close)
+and with long ones (16 of them, each sending a message when the one before is back), stops it, and
+compares the size of its log with what was echoed. Ratios are taken within a round, because the machine
+may be faster or slower in the next; the table shows the medians. The load is made by this process,
+which takes one processor.
 """
 
 import argparse
-import contextlib
-import json
 import os
-import platform
-import re
-import select
+import resource
 import signal
-import socketserver
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import click
+import server_growth as growth
+import server_report as report
+from engine_report import FLOOR, OURS, PEER, machine
+from server_asyncio import has_uvloop
+from server_report import Target
+from server_turns import MODES, ROOT, Failed, Server, take_turn
+
+from ipckit.cli.servers import serve
+
 PROGRAMS = ROOT / "build" / "bench"
-PATIENCE = 20.0  # seconds for a server to start, and to stop
-MODES = ("connections", "echoes")
-TARGETS = {"connections": 0.5, "echoes": 0.95}
-OURS, YARDSTICK = "ipckit, fork", "C, fork"
+YARDSTICK = "C, fork"
+FORKING, THREADING = "socketserver.ForkingTCPServer", "socketserver.ThreadingTCPServer"
+TARGETS = [
+    Target("ipckit, fork", "connections", 0.5, YARDSTICK),
+    Target("ipckit, fork", "echoes", 0.95, YARDSTICK),
+    Target("ipckit, prefork", "connections", 2, YARDSTICK),
+    *(Target("ipckit, epoll", mode, 1, "uvloop protocol, logged", "uvloop protocol") for mode in MODES),
+    *(Target("ipckit, thread", mode, 1, THREADING) for mode in MODES),
+    *(
+        Target("ipckit, asyncio", mode, 0.95, "asyncio protocol", "asyncio protocol, logged")
+        for mode in MODES
+    ),
+]
 
 
-class Failed(Exception):
-    """A server did not start or did not stop, or the load came back with errors."""
+# --- who takes part
 
 
-@dataclass
-class Server:
-    name: str
-    command: list[str]
-    logs: bool = True
-    rates: dict[str, list[float]] = field(default_factory=lambda: {mode: [] for mode in MODES})
-    trouble: str = ""
+def options_of_serve() -> "dict[str, click.Parameter]":
+    return {str(parameter.name): parameter for parameter in serve.params}
 
-    def command_with(self, log: Path) -> list[str]:
-        return [argument.replace("LOG", str(log)) for argument in self.command]
+
+def models() -> list[str]:
+    """Those that ``ipckit serve --help`` lists."""
+    choice = options_of_serve()["model"].type
+    assert isinstance(choice, click.Choice)
+    return [*choice.choices]
+
+
+def ours(model: str) -> Server:
+    command = [sys.executable, "-m", "ipckit", "serve", "--model", model, "--host", "127.0.0.1"]
+    # The iterative one serves its first client to the end, and the others would wait for that.
+    clients = {"clients": 1} if model == "iterative" else {}
+    return Server(f"ipckit, {model}", OURS, [*command, "--port", "0", "--log", "LOG"], **clients)
+
+
+def in_c(model: str) -> Server:
+    return Server(f"C, {model}", FLOOR, [str(PROGRAMS / f"{model}_server"), "0", "LOG"])
+
+
+def peer(name: str, program: str, *arguments: str) -> Server:
+    command = [sys.executable, str(ROOT / "bench" / program), *arguments]
+    missing = "skipped: uvloop is not installed" * ("uvloop" in arguments and not has_uvloop())
+    return Server(name, PEER, command, logs="LOG" in arguments, trouble=missing)
 
 
 def servers() -> list[Server]:
-    ours = [sys.executable, "-m", "ipckit", "serve", "--model", "fork", "--host", "127.0.0.1"]
     return [
-        Server(OURS, [*ours, "--port", "0", "--log", "LOG"]),
-        Server(YARDSTICK, [str(PROGRAMS / "fork_server"), "0", "LOG"]),
-        Server("socketserver.ForkingTCPServer", [sys.executable, __file__, "socketserver"], logs=False),
+        *(ours(model) for model in models()),
+        in_c("fork"),
+        in_c("epoll"),
+        peer(FORKING, "server_socketserver.py", "ForkingTCPServer"),
+        peer(THREADING, "server_socketserver.py", "ThreadingTCPServer"),
+        peer("asyncio protocol", "server_asyncio.py", "asyncio"),
+        peer("asyncio protocol, logged", "server_asyncio.py", "asyncio", "LOG"),
+        peer("uvloop protocol", "server_asyncio.py", "uvloop"),
+        peer("uvloop protocol, logged", "server_asyncio.py", "uvloop", "LOG"),
     ]
 
 
-class Echo(socketserver.BaseRequestHandler):
-    def handle(self) -> None:
-        while message := self.request.recv(4096):
-            self.request.sendall(message)
+# --- the rounds
 
 
-class StandardServer(socketserver.ForkingTCPServer):
-    # With the default of 5, 16 clients at once overflow the queue, and each overflow is a second
-    # lost to TCP's retransmission: that would be measured instead of the server.
-    request_queue_size = 128
-
-
-def serve_with_the_standard_library() -> None:
-    with StandardServer(("127.0.0.1", 0), Echo) as server:
-        print(f"listening on 127.0.0.1:{server.server_address[1]}", flush=True)
-        server.serve_forever()
-
-
-def ended(pidfd: int, timeout: float) -> bool:
-    """Whether the process ends in time. It is not reaped, so its session's number stays taken."""
-    return bool(select.select([pidfd], [], [], timeout)[0])
-
-
-def port_of(pidfd: int, output: Path) -> int:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        if told := re.search(r"listening on 127\.0\.0\.1:(\d+).*\n", output.read_text()):
-            return int(told[1])
-        if ended(pidfd, 0.005):
-            raise Failed(f"did not start: {(output.read_text().strip() or 'no output').splitlines()[-1]}")
-    raise Failed(f"did not say where it listens within {PATIENCE:.0f} s")
-
-
-@contextlib.contextmanager
-def running(server: Server, folder: Path, log: Path) -> Iterator[int]:
-    """The port of *server*, in a session of its own so that all its processes can be ended."""
-    output = folder / "output"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            server.command_with(log), cwd=ROOT, stdout=file, stderr=file, start_new_session=True, text=True
-        )
-    pidfd = os.pidfd_open(process.pid)
-    try:
-        yield port_of(pidfd, output)
-        process.terminate()
-        if not ended(pidfd, PATIENCE):
-            raise Failed(f"still ran {PATIENCE:.0f} s after SIGTERM")
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        os.close(pidfd)
-
-
-def load(mode: str, port: int, seconds: float) -> dict[str, float]:
-    command = [PROGRAMS / "load", mode, "127.0.0.1", str(port), "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise Failed(f"{mode}: {done.stderr.strip()}")
-    return json.loads(done.stdout)
-
-
-def measure(server: Server, seconds: float) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        log = Path(name, "echomsg.txt")
-        with running(server, Path(name), log) as port:
-            warm_up = load("connections", port, min(0.2, seconds))
-            results = [load(mode, port, seconds) for mode in MODES]
-        echoed = sum(result["bytes"] for result in [warm_up, *results])
-        if server.logs and log.stat().st_size != echoed:
-            raise Failed(f"{echoed} bytes were echoed, {log.stat().st_size} are in the log")
-    for mode, result in zip(MODES, results, strict=True):
-        server.rates[mode].append(result["rate"])
-
-
-def play(field_of: list[Server], rounds: int, seconds: float) -> None:
+def play(taking_part: list[Server], rounds: int, seconds: float) -> None:
     for number in range(1, rounds + 1):
-        for server in field_of:
+        for server in taking_part:
             if server.trouble:
                 continue
             print(f"round {number} of {rounds}: {server.name}", file=sys.stderr)
             try:
-                measure(server, seconds)
+                take_turn(server, number, seconds)
             except Failed as failure:
                 server.trouble = str(failure)
 
 
-def ratios(server: Server, yardstick: Server, mode: str) -> list[float]:
-    # Rounds after a failure are missing on one side.
-    pairs = zip(server.rates[mode], yardstick.rates[mode])  # noqa: B905
-    return [ours / theirs for ours, theirs in pairs if theirs]
+def compare(chosen: argparse.Namespace) -> None:
+    everybody = servers()
+    named = {server.name: server for server in everybody}
+    taking_part = [server for server in everybody if chosen.only in server.name or server.name == YARDSTICK]
+    try:
+        play(taking_part, chosen.rounds, chosen.seconds)
+    except KeyboardInterrupt:
+        print("interrupted; this is what was measured", file=sys.stderr)
+    report.print_table(taking_part, named[YARDSTICK])
+    report.print_targets(TARGETS, named)
+    if chosen.csv:
+        report.write_csv(taking_part, named[YARDSTICK], chosen.csv)
+    if chosen.picture:
+        report.draw(taking_part, chosen.picture)
 
 
-def print_table(field_of: list[Server], yardstick: Server) -> None:
-    print(f"{'server':<30} {'connections/s':>13} {'x C':>6} {'echoes/s':>9} {'x C':>6}  log")
-    for server in field_of:
-        cells = []
-        for mode, width in zip(MODES, (13, 9), strict=True):
-            against = ratios(server, yardstick, mode)
-            rates = server.rates[mode]
-            cells.append(f"{statistics.median(rates):{width},.0f}" if rates else f"{'-':>{width}}")
-            cells.append(f"{statistics.median(against):6.2f}" if against else f"{'-':>6}")
-        log = server.trouble or ("complete" if server.logs else "none")
-        print(f"{server.name:<30} {' '.join(cells)}  {log}")
+def grow(chosen: argparse.Namespace) -> None:
+    wanted = [server for server in servers() if (chosen.only or "ipckit, epoll") in server.name]
+    if not wanted:
+        sys.exit(f"there is no server {chosen.only or 'ipckit, epoll'!r}; ours are {', '.join(models())}")
+    for server in wanted:
+        if server.kind == OURS:
+            server.command += hold_them_all()
+        try:
+            growth.run(server, chosen.rounds, chosen.seconds, chosen.quick, chosen.csv)
+        except Failed as failure:
+            sys.exit(f"{server.name}: {failure}")
 
 
-def print_targets(ours: Server, yardstick: Server) -> None:
-    for mode, target in TARGETS.items():
-        each = ratios(ours, yardstick, mode)
-        if not each:
-            print(f"{mode}/s: target {target} x C: NOT MEASURED")
-            continue
-        verdict = "REACHED" if statistics.median(each) >= target else "NOT REACHED"
-        rounds = " ".join(f"{ratio:.2f}" for ratio in each)
-        print(f"{mode}/s: target {target} x C, median {statistics.median(each):.2f}: {verdict} ({rounds})")
+def hold_them_all() -> list[str]:
+    """Options for as many connections as are held, however silent."""
+    most = ["--max-connections", str(2 * growth.HELD[-1])] if "max_connections" in options_of_serve() else []
+    return ["--idle-timeout", "600", *most]
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure ipckit's fork server against C and socketserver.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="how often each server runs (5)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of load in each mode and round (2)")
+    parser.add_argument("--only", default="", help="servers whose name contains this, and the C, fork one")
+    parser.add_argument(
+        "--growth", action="store_true", help="measure epoll (or --only) with 10 to 10,000 connections held"
+    )
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
+    parser.add_argument("--csv", type=Path, help="write all figures to this file")
+    parser.add_argument("--picture", type=Path, help="draw them (.png, .svg, .pdf); needs matplotlib")
     chosen = parser.parse_args()
     if chosen.rounds < 1 or not chosen.seconds >= 0.05:
         parser.error("--rounds must be at least 1 and --seconds at least 0.05")
+    if chosen.growth and chosen.picture:
+        parser.error("--growth has no --picture")
     if chosen.quick:
         chosen.rounds, chosen.seconds = 1, 0.2
     return chosen
 
 
 def main() -> None:
-    if sys.argv[1:] == ["socketserver"]:
-        serve_with_the_standard_library()
     chosen = arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are stopped
+    # The servers, which are our children, have as many descriptors.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     subprocess.run(["make", "-s", "cbench"], cwd=ROOT, check=True)
-    field_of = servers()
-    ours, yardstick = field_of[0], field_of[1]
-    print(
-        f"{os.cpu_count()} CPUs, {platform.system()} {platform.release()}, Python {platform.python_version()}"
-    )
-    try:
-        play(field_of, chosen.rounds, chosen.seconds)
-    except KeyboardInterrupt:
-        print("interrupted; this is what was measured", file=sys.stderr)
-    print_table(field_of, yardstick)
-    print_targets(ours, yardstick)
+    print(f"{machine()}; the load takes one of the {os.cpu_count()}")
+    (grow if chosen.growth else compare)(chosen)
 
 
 if __name__ == "__main__":

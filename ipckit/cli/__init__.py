@@ -12,7 +12,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line of this process."""
     try:
-        from ipckit.cli import commands, objects, servers  # noqa: F401 - they add themselves
+        from ipckit.cli import commands, load, objects, servers  # noqa: F401 - they add themselves
     except ModuleNotFoundError as missing:
         if missing.name not in ("click", "rich"):
             raise
