@@ -127,18 +127,19 @@ def _resolve(host: str, port: int, i_own_this_host: bool) -> tuple[str, int]:
     return address, int(found[4][1])
 
 
-def _raise_descriptor_limit(connections: int) -> "tuple[int, int]":
-    """Make room for so many descriptors more, up to the hard limit; the limits as they were."""
+def _raise_descriptor_limit(connections: int) -> "tuple[int, int] | None":
+    """Make room for so many descriptors more, up to the hard limit; the limits before, if they changed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(os.listdir("/proc/self/fd")) + connections + _SPARE
-    if wanted > soft != resource.RLIM_INFINITY:
-        if wanted > hard != resource.RLIM_INFINITY:
-            raise OSError(
-                errno.EMFILE,
-                f"{connections} connections need {wanted} descriptors, and RLIMIT_NOFILE allows {hard}; "
-                f"raise it with: ulimit -Hn {wanted}, or prlimit --nofile={wanted}",
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return None
+    if wanted > hard != resource.RLIM_INFINITY:
+        raise OSError(
+            errno.EMFILE,
+            f"{connections} connections need {wanted} descriptors, and RLIMIT_NOFILE allows {hard}; "
+            f"raise it with: ulimit -Hn {wanted}, or prlimit --nofile={wanted}",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return soft, hard
 
 
@@ -304,7 +305,8 @@ class Load:
             self._restore_limits()
 
     def _restore_limits(self) -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, self._limits)
+        if self._limits is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, self._limits)
 
     def __enter__(self) -> "Self":
         return self

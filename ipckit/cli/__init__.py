@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command line: ``ipckit serve, client, demo`` and ``ipckit ls, rm, gc, doctor``.
+"""The command line: ``ipckit serve, client, demo, load`` and ``ipckit ls, rm, gc, doctor``.
 
 Status 0: done; 1: it could not be done, one line on standard error says why; 2: wrong usage.
 """
