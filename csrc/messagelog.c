@@ -324,7 +324,17 @@ static int write_some(ik_log *log, ik_append *append) {
     return 0;
 }
 
+/* A logger that is about to change the file needs the lock once. Those who ask for it all the time
+ * would let it wait for long, because the kernel wakes in turn and the logger can't stay in line. */
+static void let_logger_go_first(const ik_log *log) {
+    const struct timespec moment = {0, MOMENT_NS};
+    if (low(atomic_load_explicit(&log->shared->turn, memory_order_relaxed)))
+        nanosleep(&moment, NULL);
+}
+
 static int lock_for(ik_log *log, ik_append *append, int64_t deadline_ns) {
+    if (deadline_ns != IK_NOW)
+        let_logger_go_first(log);
     int rc = lock(log->shared, deadline_ns);
     if (rc == -ETIMEDOUT && watch(log, &log->shared->awaits_lock))
         rc = lock(log->shared, IK_NOW);
@@ -634,8 +644,10 @@ static void look_for_offer(ik_log *log) {
     if (log->told < 0)
         return;
     int64_t n = ik_sockets_recv_fds(log->told, &offered, sizeof offered, &came, 1, IK_NOW);
-    if (n == 0)
+    if (n == 0) {
         log->told = -1;
+        ik_log_withdraw(log); /* one that was opened and not sent */
+    }
     if (n == sizeof offered && came.count == 1) {
         switch_file(log, came.fd[0], &offered);
         ik_sockets_send(log->told, ".", 1, 0, IK_NOW);

@@ -50,7 +50,7 @@ from ipckit.errors import Closed, check
 from ipckit.process import Child, NativeMemory, fork_native
 from ipckit.vectored import Buffer
 
-__all__ = ["LogStats", "LogWriter", "MessageLog", "Record", "records"]
+__all__ = ["Append", "LogStats", "LogWriter", "MessageLog", "Record", "records"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -176,6 +176,63 @@ def _pipe(capacity: int) -> tuple[int, int]:
     return reader, writer
 
 
+class Append:
+    """A message on its way into a log, for an event loop; from ``LogWriter.begin()``.
+
+    Until ``done()``, wait for ``events`` (POLLIN or POLLOUT) on ``fileno()``, 100 ms at the most (the
+    logger may be killed before it rings), then call ``done()`` again. Any number may be under way:
+    one acknowledgement is for all that came before it. In order: those that wait for POLLOUT should
+    be called in the order in which they began, or messages overtake each other.
+
+    Dropping it, or ``close()``, gives it up: it is in the log once or not at all. Threads: one.
+    """
+
+    def __init__(self, log: "LogWriter", line: Any) -> None:
+        self._log = log
+        self._done = False
+        self._over = True  # until there is something to give up
+        self._line = ffi.from_buffer(line)
+        self._native = ffi.new("ik_append *", {"data": self._line, "len": len(self._line)})
+        self._over = False
+
+    def done(self) -> bool:
+        """True when the message is as durable as the log promises; does not block.
+
+        Raises: as ``LogWriter.append()``, but for TimeoutError; Closed also after ``close()``.
+        """
+        if self._over:
+            if not self._done:
+                raise Closed(f"an append to the log {self._log.path} was given up")
+            return True
+        if self._log.closed:
+            raise Closed(f"the log {self._log.path} is closed")
+        rc = lib.ik_log_append(self._log.native, self._native, wait.NOW)
+        if rc in (-errno.ETIMEDOUT, -errno.EINTR):
+            return False
+        self._done = rc == 0
+        self.close()
+        check(rc, self._log.path)
+        return True
+
+    @property
+    def events(self) -> int:
+        """What to wait for: POLLOUT on the pipe when it is full, else POLLIN on ``acked``."""
+        return select.POLLOUT if self._native.full else select.POLLIN
+
+    def fileno(self) -> int:
+        """Where to wait for it. Raises: Closed."""
+        return self._log._descriptor("writer" if self._native.full else "acked")
+
+    def close(self) -> None:
+        """Give it up, unless it is done."""
+        if not self._over:
+            self._over = True
+            lib.ik_log_abandon(self._log.native, self._native)
+            ffi.release(self._line)
+
+    __del__ = close
+
+
 class LogWriter:
     """One process's use of a log: what a child of the log's supervisor has.
 
@@ -222,6 +279,30 @@ class LogWriter:
         line = self._line(data, peer, connection)
         with ffi.from_buffer(line) as start:
             self._append(ffi.new("ik_append *", {"data": start, "len": len(start)}), wait.deadline(timeout))
+
+    def begin(self, data: Buffer, *, peer: str = "", connection: int = 0) -> "Append":
+        """An append for an event loop, which never blocks: call its ``done()`` until that is True.
+
+        Nothing is appended before the first ``done()``. Args, and what its errors are: as append().
+        Meant for messages up to PIPE_BUF: a longer one keeps other writers out until it is whole.
+        """
+        return Append(self, self._line(data, peer, connection))
+
+    @property
+    def acked(self) -> int:
+        """A descriptor that becomes readable when a waiting ``Append`` may be done.
+
+        Read it empty (``os.read(log.acked, 8)``) before calling ``done()``. Of several loops that
+        wait for it, each in a process, one may read it before the other has seen it; with an
+        edge-triggered epoll nobody need read it. Raises: Closed. See eventfd(2).
+        """
+        return self._descriptor("acked")
+
+    def _descriptor(self, name: str) -> int:
+        fd = self._own.get(name, -1)
+        if fd < 0:
+            raise Closed(f"the log {self.path} is closed")
+        return fd
 
     def _append(self, append: Any, deadline_ns: int) -> None:
         rc = -errno.EINTR
@@ -501,6 +582,8 @@ class MessageLog(LogWriter):
         """End an offer, if there is one, and close the file that is not in use."""
         if "next" in self._own:
             self._taken()
+            # Even if a logger that stands still holds it too: the lock is the open file's.
+            fcntl.flock(self._own["next"], fcntl.LOCK_UN)
             self._forget("next")
 
     def _try_append(self, append: Any, deadline_ns: int) -> int:

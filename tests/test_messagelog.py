@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import eventually
+from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -346,7 +347,12 @@ def test_the_logger_holds_nothing_but_what_it_needs(tmp_path):
         folder = f"/proc/{log.logger.pid}/fd"
         eventually(lambda: len(os.listdir(folder)) == 8)
         links = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if int(name) > 2}
-        assert {link.split(":")[0] for link in links} == {str(tmp_path / "log"), "pipe", "socket", "anon_inode"}
+        assert {link.split(":")[0] for link in links} == {
+            str(tmp_path / "log"),
+            "pipe",
+            "socket",
+            "anon_inode",
+        }
     os.close(extra)
 
 
@@ -488,6 +494,669 @@ def test_after_a_failed_fdatasync_nothing_is_promised_any_more(tmp_path):
     failed = f"[Errno 5] Input/output error: '{path}'"
     assert (done.stdout.splitlines(), done.stderr) == ([failed, failed, "5", failed], "")
     assert content(path) == b"1234", "written all the same"
+
+
+# --- rotation ------------------------------------------------------------------------------------
+
+
+class Rotation:
+    """Renames the file of a log to file.1, file.2, ... and has it reopened."""
+
+    def __init__(self, log):
+        self.log = log
+        self.files = []
+
+    def rename(self):
+        self.files.append(f"{self.log.path}.{len(self.files) + 1}")
+        os.rename(self.log.path, self.files[-1])
+
+    def __call__(self, timeout=PATIENCE):
+        self.rename()
+        assert self.log.reopen(timeout=timeout)
+
+    def contents(self):
+        """One after the other, the one in use last; each with whole lines only."""
+        parts = [content(path) for path in (*self.files, self.log.path)]
+        assert all(part.endswith(b"\n") for part in parts if part), "a message was split"
+        return b"".join(parts)
+
+
+def numbers(lines, name):
+    return [int(line.split()[1]) for line in lines if line.startswith(name.encode() + b" ")]
+
+
+def test_reopen_goes_over_to_the_path(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+        log.append(b"one\n")
+        assert not log.reopen(), "the same file"
+        Rotation(log)()
+        assert content(f"{path}.1") == b"one\n"
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        log.append(b"two\n")
+        assert not log.reopen()
+        assert (log.stats().files, log.stats().split, log.stats().restarts) == (1, 0, 0)
+        MessageLog(f"{path}.1").close()  # nobody's lock is on it any more
+    assert content(f"{path}.1") == b"one\n"
+    assert content(path) == b"two\n"
+
+
+def test_reopen_appends_to_a_file_that_is_there_and_closes_its_torn_tail(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path, format="record") as log:
+        log.append(b"one")
+        os.rename(path, f"{path}.1")
+        path.write_bytes(b'{"time":1.0,"pe')
+        assert log.reopen()
+        log.append(b"two")
+        assert log.stats().torn == 1
+    assert [record.data for record in records(f"{path}.1")] == [b"one"]
+    assert [record.data for record in records(path)] == [b"two"]
+
+
+def test_reopen_finds_a_relative_path_after_chdir(tmp_path):
+    former = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        with MessageLog("log", durability="synced") as log:
+            os.chdir("/")
+            os.rename(tmp_path / "log", tmp_path / "log.1")
+            assert log.reopen()
+            log.append(b"x")
+    finally:
+        os.chdir(former)
+    assert content(tmp_path / "log") == b"x"
+
+
+@pytest.mark.parametrize("format", ["raw", "record"])
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+@pytest.mark.parametrize("splice", [True, False])
+def test_rotation_under_load_loses_splits_and_doubles_nothing(tmp_path, forked, format, durability, splice):
+    path = tmp_path / "log"
+    count = {"none": 800, "written": 400, "synced": 150}[durability]
+    sizes = {"a": 10, "b": 3000, "c": 30_000, "d": 150_000}
+    with MessageLog(path, format=format, durability=durability, capacity=65536) as log:
+        if not splice:  # which refuses such a file
+            fcntl.fcntl(log.native.file, fcntl.F_SETFL, os.O_APPEND)
+        rotate = Rotation(log)
+        writers = [forked(append_lines, log, name, count, size) for name, size in sizes.items()]
+        for writer in writers:
+            writer.wait_ready()
+        while any(returned(log, name) < count for name in sizes):
+            rotate()
+            time.sleep(0.003)
+        assert [writer.wait() for writer in writers] == [0] * 4
+        assert log.stats().files == len(rotate.files) >= 5
+        assert log.stats().split == 0
+        assert log.restarts == 0
+    everything = rotate.contents()
+    if format == "record":
+        torn = []
+        files = [*rotate.files, path]
+        messages = [r.data for file in files for r in records(file, on_torn=lambda *at: torn.append(at))]
+        assert torn == []
+        everything = b"".join(messages)
+    lines = everything.splitlines()
+    assert len(lines) == count * len(sizes)
+    for name, size in sizes.items():
+        assert numbers(lines, name) == [*range(count)]
+        assert {line for line in lines if line.startswith(name.encode())} == {
+            b"%s %d " % (name.encode(), n) + b"x" * size for n in range(count)
+        }
+
+
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_loggers_killed_while_files_change(tmp_path, forked, durability):
+    path = tmp_path / "log"
+    count = {"none": 10_000, "written": 3000, "synced": 500}[durability]
+    with MessageLog(path, durability=durability, capacity=65536) as log:
+        rotate = Rotation(log)
+        writers = [forked(append_lines, log, name, count, size) for name, size in (("a", 60), ("b", 6000))]
+        for writer in writers:
+            writer.wait_ready()
+        stopping = threading.Event()
+
+        def kill():
+            chance = random.Random(5)
+            while not stopping.wait(0.01 + chance.random() * 0.01):
+                log.logger.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            while any(returned(log, name) < count for name in ("a", "b")):
+                rotate()
+                log.supervise()
+                time.sleep(0.0005)
+        finally:
+            stopping.set()
+            killer.join()
+        assert [writer.wait() for writer in writers] == [0, 0]
+        assert log.restarts >= 3
+        assert log.stats().files == len(rotate.files) >= 5
+        assert log.stats().split == 0
+    lines = rotate.contents().splitlines()
+    assert len(lines) == 2 * count
+    for name in ("a", "b"):
+        assert numbers(lines, name) == [*range(count)]
+
+
+def rotate_until_killed(ready, path, durability, count, pids):
+    """A supervisor with two writers, which outlive it."""
+    log = MessageLog(path, durability=durability, capacity=65536)
+    for name, size in (("a", 60), ("b", 6000)):
+        pid = os.fork()
+        if pid == 0:
+            append_lines(lambda: None, log, name, count, size)
+            os._exit(0)
+        os.write(pids, b"%d\n" % pid)
+    os.write(pids, b"%d\n" % log.logger.pid)
+    rotate = Rotation(log)
+    ready()
+    while True:
+        rotate()
+
+
+@pytest.mark.parametrize("durability", ["none", "synced"])
+def test_a_supervisor_killed_while_files_change(tmp_path, forked, durability):
+    count = {"none": 4000, "synced": 300}[durability]
+    chance = random.Random(3)
+    for turn in range(8):
+        path = tmp_path / f"log{turn}"
+        told, pids = os.pipe()
+        supervisor = forked(rotate_until_killed, path, durability, count, pids)
+        supervisor.wait_ready()
+        time.sleep(chance.random() * 0.02)
+        supervisor.kill()
+        supervisor.wait()
+        os.close(pids)
+        with open(told) as file:
+            ends = [os.pidfd_open(int(pid)) for pid in file.read().split()]
+        for end in ends:
+            assert select.select([end], [], [], PATIENCE)[0], "a writer or the logger hangs"
+            os.close(end)
+        rotated = sorted(tmp_path.glob(f"{path.name}.[0-9]*"), key=lambda p: int(p.suffix[1:]))
+        parts = [content(file) for file in (*rotated, path) if file.exists()]
+        assert all(part.endswith(b"\n") for part in parts if part), "a message was split"
+        lines = b"".join(parts).splitlines()
+        assert len(lines) == 2 * count
+        for name in ("a", "b"):
+            assert numbers(lines, name) == [*range(count)]
+
+
+def test_reopen_refuses_what_open_refuses_and_keeps_the_file(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+        os.rename(path, f"{path}.1")
+
+        def refused_again(kind, number, message):
+            with pytest.raises(kind, match=message) as caught:
+                log.reopen()
+            assert (caught.value.errno, caught.value.filename) == (number, str(path))
+            log.append(b"%d\n" % number)
+
+        (tmp_path / "other").write_bytes(b"")
+        path.symlink_to("other")
+        refused_again(OSError, errno.ELOOP, "must not be a symbolic link")
+        path.unlink()
+        os.mkfifo(path)
+        refused_again(OSError, errno.EINVAL, "must be a regular file")
+        path.unlink()
+        os.link(tmp_path / "other", path)
+        refused_again(OSError, errno.EMLINK, "not 2 links")
+        path.unlink()
+        other = MessageLog(path)
+        refused_again(BlockingIOError, errno.EWOULDBLOCK, "another process writes this log")
+        other.close()
+        assert log.stats().files == 0
+        assert log.reopen()
+        log.append(b"new\n")
+    numbers = (errno.ELOOP, errno.EINVAL, errno.EMLINK, errno.EWOULDBLOCK)
+    assert content(f"{path}.1") == b"".join(b"%d\n" % number for number in numbers)
+    assert content(path) == b"new\n"
+
+
+def test_a_full_disk_does_not_hold_rotation_up(tmp_path):
+    """RLIMIT_FSIZE stands for it: each file has room for 1,000 bytes."""
+    path = tmp_path / "log"
+    log = MessageLog(path, format="record")
+    resource.prlimit(log.logger.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    for number in range(40):
+        log.append(b"%d" % number, peer="x" * 40)
+    eventually(lambda: log.stats().error == errno.EFBIG)
+    rotate = Rotation(log)
+    rotate(timeout=0.4)
+    assert (log.stats().files, log.stats().split) == (1, 1)
+    eventually(lambda: os.path.getsize(path) == 1000)
+    infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.prlimit(log.logger.pid, resource.RLIMIT_FSIZE, infinite)
+    log.close()
+    whole = tmp_path / "whole"
+    whole.write_bytes(content(rotate.files[0]) + content(path))
+    assert [record.data for record in records(whole)] == [b"%d" % number for number in range(40)]
+
+
+def test_a_disk_that_has_room_in_time_splits_nothing(tmp_path):
+    path = tmp_path / "log"
+    log = MessageLog(path, durability="written")
+    resource.prlimit(log.logger.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    appending = threading.Thread(target=log.append, args=(b"x" * 5000 + b"\n",))
+    appending.start()
+    eventually(lambda: log.stats().error == errno.EFBIG)
+    infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    freeing = threading.Timer(0.3, resource.prlimit, (log.logger.pid, resource.RLIMIT_FSIZE, infinite))
+    freeing.start()
+    rotate = Rotation(log)
+    rotate()
+    assert (log.stats().files, log.stats().split) == (1, 0)
+    freeing.join()
+    appending.join()
+    log.append(b"next\n")
+    log.close()
+    assert content(rotate.files[0]) == b"x" * 5000 + b"\n"
+    assert content(path) == b"next\n"
+
+
+def test_a_writer_that_stands_still_in_a_long_message_does_not_hold_rotation_up(tmp_path, forked):
+    path = tmp_path / "log"
+    message = b"y" * 300_000 + b"\n"
+    with MessageLog(path, capacity=4096) as log:
+        stop(log.logger)
+
+        def write(ready):
+            ready()
+            log.append(message)
+
+        writer = forked(write)
+        writer.wait_ready()
+        eventually(lambda: log.stats().backlog >= 4096)
+        writer.kill(signal.SIGSTOP)
+        log.logger.send_signal(signal.SIGCONT)
+        rotate = Rotation(log)
+        rotate(timeout=0.4)
+        assert (log.stats().files, log.stats().split) == (1, 1)
+        writer.kill(signal.SIGCONT)
+        assert writer.wait() == 0
+        log.append(b"next\n")
+    assert 0 < os.path.getsize(rotate.files[0]) < len(message)
+    assert content(rotate.files[0]) + content(path) == message + b"next\n"
+
+
+def test_a_logger_that_stands_still_keeps_the_old_file(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+        stop(log.logger)
+        rotate = Rotation(log)
+        rotate.rename()
+        for _ in range(3):  # what a logger finds of these later is over
+            with pytest.raises(TimeoutError, match="did not go over in time; the old file stays") as caught:
+                log.reopen(timeout=0.05)
+        assert (caught.value.errno, caught.value.filename) == (errno.ETIMEDOUT, str(path))
+        log.append(b"old\n")
+        assert log.stats().files == 0
+        log.logger.send_signal(signal.SIGCONT)
+        eventually(lambda: content(rotate.files[0]) == b"old\n")
+        assert log.reopen()
+        assert (log.stats().files, log.stats().split) == (1, 0)
+        log.append(b"new\n")
+    assert content(rotate.files[0]) == b"old\n"
+    assert content(path) == b"new\n"
+
+
+def test_a_torn_message_ends_in_the_file_in_which_it_began(tmp_path, forked):
+    path = tmp_path / "log"
+    with MessageLog(path, format="record", capacity=4096) as log:
+        stop(log.logger)
+
+        def write(ready):
+            ready()
+            log.append(b"z" * 300_000)
+
+        writer = forked(write)
+        writer.wait_ready()
+        eventually(lambda: log.stats().backlog >= 4096)
+        writer.kill()
+        writer.wait()
+        log.logger.send_signal(signal.SIGCONT)
+        rotate = Rotation(log)
+        rotate()
+        assert (log.stats().torn, log.stats().split) == (1, 0)
+        log.append(b"next")
+        assert log.stats().torn == 1
+    assert content(rotate.files[0]).endswith(b"z\n")
+    assert content(path).count(b"\n") == 1
+    assert [record.data for record in records(path)] == [b"next"]
+
+
+def test_a_new_file_is_synced_again_after_a_failed_fdatasync(tmp_path):
+    strace = shutil.which("strace")
+    if not strace:
+        pytest.skip("strace injects the error")
+    script = (
+        "import os, signal, sys\n"
+        "from ipckit._native import ffi, lib\n"
+        "from ipckit.messagelog import MessageLog\n"
+        "path = sys.argv[1]\n"
+        "log = MessageLog(path, durability='synced')\n"
+        "log.append(b'1')\n"
+        "def tried(text):\n"
+        "    try:\n"
+        "        log.append(text)\n"
+        "    except OSError as error:\n"
+        "        print(error.errno)\n"
+        "tried(b'2'); tried(b'3')\n"
+        "text = ffi.new('char[]', b'4')\n"
+        "waiting = ffi.new('ik_append *', {'data': text, 'len': 1})\n"
+        "log.logger.send_signal(signal.SIGSTOP)\n"
+        "assert lib.ik_log_append(log.native, waiting, 0) < 0 and waiting.asked\n"
+        "log.logger.send_signal(signal.SIGCONT)\n"
+        "print(log.stats().sync_error)\n"
+        "os.rename(path, path + '.1')\n"
+        "assert log.reopen(timeout=20)\n"
+        "print(log.stats().sync_error)\n"
+        "log.append(b'5')\n"
+        "print(-lib.ik_log_append(log.native, waiting, 0))\n"
+        "log.append(b'6')\n"
+        "log.close()\n"
+    )
+    path = tmp_path / "log"
+    inject = "inject=fdatasync:error=EIO:when=2"
+    command = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", inject]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=50
+    )
+    assert (done.stdout.split(), done.stderr) == (["5", "5", "5", "0", "5"], "")
+    assert (content(f"{path}.1"), content(path)) == (b"1234", b"56")
+
+
+def test_signals_to_the_group_neither_end_nor_rotate(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+        rotate = Rotation(log)
+        rotate.rename()
+        for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM):
+            log.logger.send_signal(signum)
+            log.append(b"%d\n" % signum)
+        assert log.logger.poll() is None
+        assert not path.exists()
+        assert log.reopen()
+        for signum in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            log.logger.send_signal(signum)
+        log.append(b"new\n")
+    assert log.restarts == 0
+    assert content(rotate.files[0]) == b"1\n10\n12\n2\n15\n"
+    assert content(path) == b"new\n"
+
+
+def test_who_can_not_reopen(tmp_path, forked):
+    log = MessageLog(tmp_path / "log")
+
+    def work(ready):
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()} is not the supervisor"):
+            log.reopen()
+
+    assert forked(work).wait() == 0
+    with pytest.raises(ValueError, match="timeout must be None or a number of seconds >= 0, not -1"):
+        log.reopen(timeout=-1)
+    with log._alone(), pytest.raises(RuntimeError, match="a signal handler interrupted"):
+        log.reopen()
+    log.close()
+    with pytest.raises(ipckit.Closed, match="log is closed"):
+        log.reopen()
+
+
+def test_an_exception_of_a_handler_leaves_one_file_or_the_other(tmp_path):
+    path = tmp_path / "log"
+
+    def give_up(*_):
+        raise KeyboardInterrupt
+
+    log = MessageLog(path)
+    stop(log.logger)
+    former = signal.signal(signal.SIGUSR1, give_up)
+    timer = threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1))
+    timer.start()
+    rotate = Rotation(log)
+    rotate.rename()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            log.reopen(timeout=PATIENCE)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, former)
+    log.append(b"old\n")
+    log.logger.send_signal(signal.SIGCONT)
+    assert log.reopen()
+    log.append(b"new\n")
+    log.close()
+    assert (content(rotate.files[0]), content(path)) == (b"old\n", b"new\n")
+
+
+def test_several_threads_replace_a_dead_logger_once(tmp_path):
+    with MessageLog(tmp_path / "log") as log:
+        for _ in range(20):
+            log.logger.kill()
+            log.logger.wait()
+            together = threading.Barrier(4)
+            replaced = []
+
+            def work(together=together, replaced=replaced):
+                together.wait()
+                replaced.append(log.supervise())
+
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sorted(replaced) == [False, False, False, True]
+        assert log.restarts == 20
+
+
+# --- event loops ---------------------------------------------------------------------------------
+
+
+def still_waiting(appends):
+    """Those that are not done; where the pipe is full, later ones must not overtake."""
+    waiting = []
+    for place, append in enumerate(appends):
+        if not append.done():
+            waiting.append(append)
+            if append.events == select.POLLOUT:
+                return waiting + appends[place + 1 :]
+    return waiting
+
+
+def hear_first_ring(log):
+    """Each new logger rings once."""
+    assert select.select([log.acked], [], [], PATIENCE)[0] == [log.acked]
+    os.eventfd_read(log.acked)
+
+
+def loop_until_done(log, appends, supervise=True):
+    """What an event loop does with appends that wait."""
+    end = time.monotonic() + PATIENCE
+    while appends := still_waiting(appends):
+        assert time.monotonic() < end, f"{len(appends)} appends wait for ever"
+        poller = select.poll()
+        poller.register(appends[0].fileno(), appends[0].events)
+        if supervise:
+            poller.register(log, select.POLLIN)
+        for fd, _ in poller.poll(100):
+            if fd == log.acked:
+                os.read(fd, 8)
+            elif supervise and fd == log.fileno():
+                log.supervise()
+
+
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_a_loop_appends_without_waiting(tmp_path, durability):
+    path = tmp_path / "log"
+    lines = [b"%d\n" % number * 100 for number in range(1000)]
+    with MessageLog(path, durability=durability, capacity=4096) as log:
+        stop(log.logger)
+        appends = [log.begin(line) for line in lines]
+        waiting = still_waiting(appends)
+        assert len(waiting) == (1000 if durability != "none" else 1000 - log.stats().messages)
+        assert 0 < log.stats().messages < 40, "the pipe holds less"
+        assert appends[log.stats().messages].events == select.POLLOUT
+        if durability != "none":
+            assert (appends[0].events, appends[0].fileno()) == (select.POLLIN, log.acked)
+        log.logger.send_signal(signal.SIGCONT)
+        loop_until_done(log, waiting)
+        assert all(append.done() for append in appends)
+        if durability != "none":
+            assert content(path) == b"".join(lines)
+        assert log.stats().messages == 1000
+    assert content(path) == b"".join(lines), "in order, each once"
+
+
+def test_one_acknowledgement_is_for_all(tmp_path):
+    path = tmp_path / "log"
+    with MessageLog(path, durability="synced") as log:
+        hear_first_ring(log)
+        stop(log.logger)
+        appends = [log.begin(b"%d\n" % number) for number in range(100)]
+        assert not any(append.done() for append in appends)
+        log.logger.send_signal(signal.SIGCONT)
+        assert select.select([log.acked], [], [], PATIENCE)[0] == [log.acked]
+        assert all(append.done() for append in appends)
+    assert content(path) == b"".join(b"%d\n" % number for number in range(100))
+
+
+def test_nobody_is_rung_for_who_waits_in_append(tmp_path):
+    with MessageLog(tmp_path / "log", durability="written") as log:
+        hear_first_ring(log)
+        for _ in range(100):
+            log.append(b"x")
+        assert select.select([log.acked], [], [], 0)[0] == []
+
+
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_a_loop_with_killed_loggers_and_changing_files(tmp_path, durability):
+    path = tmp_path / "log"
+    chance = random.Random(9)
+    count = 0
+    with MessageLog(path, durability=durability, format="record", capacity=8192) as log:
+        rotate = Rotation(log)
+        for _ in range(60):
+            batch = [log.begin(b"%d" % number) for number in range(count, count + 30)]
+            count += len(batch)
+            for append in batch[: chance.randrange(30)]:
+                append.done()
+            if chance.random() < 0.5:
+                log.logger.kill()
+            if chance.random() < 0.5:
+                rotate()
+            loop_until_done(log, batch)
+            time.sleep(0.005)  # a hundred restarts a second are the limit
+    torn = []
+    files = [*rotate.files, path]
+    found = [r.data for file in files for r in records(file, on_torn=lambda *at: torn.append(at))]
+    assert (found, torn) == ([b"%d" % number for number in range(count)], [])
+
+
+def test_a_logger_killed_before_it_rang_is_followed_by_one_that_does(tmp_path):
+    with MessageLog(tmp_path / "log", durability="written") as log:
+        hear_first_ring(log)
+        stop(log.logger)
+        append = log.begin(b"x")
+        assert not append.done()
+        log.logger.kill()
+        log.logger.wait()
+        assert select.select([log.acked], [], [], 0)[0] == []
+        assert log.supervise()
+        eventually(append.done)
+        assert select.select([log.acked], [], [], PATIENCE)[0] == [log.acked]
+
+
+def test_a_loop_hears_when_the_lock_is_free(tmp_path, forked):
+    """Another process is in the middle of a long message."""
+    with MessageLog(tmp_path / "log", capacity=4096) as log:
+        hear_first_ring(log)
+        stop(log.logger)
+
+        def write(ready):
+            ready()
+            log.append(b"y" * 300_000)
+
+        writer = forked(write)
+        writer.wait_ready()
+        eventually(lambda: log.stats().backlog >= 4096)
+        append = log.begin(b"next")
+        assert not append.done()
+        assert (append.events, append.fileno()) == (select.POLLIN, log.acked)
+        assert select.select([log.acked], [], [], 0)[0] == []
+        log.logger.send_signal(signal.SIGCONT)
+        assert select.select([log.acked], [], [], PATIENCE)[0] == [log.acked]
+        loop_until_done(log, [append])
+        assert writer.wait() == 0
+    assert content(tmp_path / "log") == b"y" * 300_000 + b"next"
+
+
+def test_children_have_loops_too(tmp_path, forked):
+    path = tmp_path / "log"
+
+    def work(ready, name):
+        ready()
+        loop_until_done(log, [log.begin(b"%d %d \n" % (name, n)) for n in range(300)], supervise=False)
+
+    with MessageLog(path, durability="written") as log:
+        children = [forked(work, name) for name in range(3)]
+        assert [child.wait() for child in children] == [0] * 3
+    assert sorted(content(path).splitlines()) == sorted(
+        b"%d %d " % (name, n) for name in range(3) for n in range(300)
+    )
+
+
+def test_an_append_given_up(tmp_path):
+    log = MessageLog(tmp_path / "log", capacity=4096)
+    stop(log.logger)
+    data = bytearray(b"x" * 4096)
+    assert log.begin(data).done()
+    late, middle = log.begin(data), log.begin(b"y" * 10_000)
+    assert not late.done()
+    late.close()
+    data.clear()  # nobody looks at it any more
+    with pytest.raises(ipckit.Closed, match="an append to the log .*log was given up"):
+        late.done()
+    log.logger.send_signal(signal.SIGCONT)
+    eventually(lambda: log.stats().backlog == 0)
+    stop(log.logger)
+    assert not middle.done()
+    del middle  # or the lock would be held for ever
+    log.logger.send_signal(signal.SIGCONT)
+    log.append(b"z")
+    assert log.stats().torn == 1
+    with pytest.raises(TypeError):
+        log.begin("text")
+    after = log.begin(b"x")
+    log.close()
+    with pytest.raises(ipckit.Closed, match="the log .*log is closed"):
+        after.done()
+    with pytest.raises(ipckit.Closed, match="the log .*log is closed"):
+        log.acked  # noqa: B018
+    text = content(tmp_path / "log")
+    assert text.startswith(b"x" * 4096 + b"y")
+    assert text.endswith(b"yz")
+
+
+def test_without_a_logger_a_loop_is_told(tmp_path):
+    log = MessageLog(tmp_path / "log", durability="written")
+    stop(log.logger)
+    append = log.begin(b"x")
+    assert not append.done()
+    log.logger.kill()
+    log.logger.wait()
+    log._forget("reader")
+    with pytest.raises(BrokenPipeError) as caught:
+        append.done()
+    assert caught.value.filename == log.path
+    with pytest.raises(BrokenPipeError):
+        log.begin(b"x").done()
+    log._logger.close()
+    log._logger = None
+    log.close()
 
 
 # --- refusals and misuse -------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -10,6 +11,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -23,6 +25,11 @@ static ik_log open_log(int format, int durability) {
     assert(ftruncate(memory, (off_t)ik_log_shared_size()) == 0);
     ik_log log = {.reader = fd[0], .writer = fd[1], .file = file, .format = format};
     log.wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    log.acked = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    int ends[2];
+    assert(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) == 0);
+    log.told = ends[0];
+    log.tell = ends[1];
     log.durability = durability;
     log.shared = ik_log_map(memory);
     assert(log.shared && ik_log_shared_init(log.shared) == 0);
@@ -34,6 +41,9 @@ static void close_log(ik_log *log) {
     close(log->reader);
     close(log->file);
     close(log->wake);
+    close(log->acked);
+    close(log->told);
+    close(log->tell);
     ik_log_unmap(log->shared);
 }
 
@@ -51,9 +61,21 @@ static int start_logger(ik_log *log) {
     int pid = fork();
     if (pid == 0) {
         close(log->writer);
+        close(log->tell);
         _exit(ik_log_run(log));
     }
     return pid;
+}
+
+/* The last writer goes; all is in the file then. */
+static void end_logger(ik_log *log, int logger) {
+    int status;
+    close(log->writer);
+    assert(waitpid(logger, &status, 0) == logger && status == 0);
+}
+
+static int64_t soon(void) {
+    return ik_wait_now() + 20000000000;
 }
 
 static void a_writer_killed_in_a_long_message_frees_the_lock(void) {
@@ -71,13 +93,11 @@ static void a_writer_killed_in_a_long_message_frees_the_lock(void) {
     assert(waitpid(writer, NULL, 0) == writer);
     assert(append(&log, "next\n", 5, IK_NOW) == -ETIMEDOUT); /* the pipe is full */
     int logger = start_logger(&log);
-    assert(append(&log, "next\n", 5, ik_wait_now() + 20000000000) == 0);
+    assert(append(&log, "next\n", 5, soon()) == 0);
     ik_log_counters counters;
     ik_log_read_counters(&log, &counters);
     assert(counters.torn == 1 && counters.messages == 1);
-    close(log.writer);
-    int status;
-    assert(waitpid(logger, &status, 0) == logger && status == 0);
+    end_logger(&log, logger);
     char end[7];
     assert(lseek(log.file, -6, SEEK_END) >= 4096 && read(log.file, end, 6) == 6);
     assert(memcmp(end, "\nnext\n", 6) == 0);
@@ -90,12 +110,10 @@ static void acknowledged_is_in_the_file(int durability) {
     char byte;
     for (int i = 0; i < 200; i++) {
         byte = (char)i;
-        assert(append(&log, &byte, 1, ik_wait_now() + 20000000000) == 0);
+        assert(append(&log, &byte, 1, soon()) == 0);
         assert(pread(log.file, &byte, 1, i) == 1 && byte == (char)i);
     }
-    close(log.writer);
-    int status;
-    assert(waitpid(logger, &status, 0) == logger && status == 0);
+    end_logger(&log, logger);
     close_log(&log);
 }
 
@@ -121,10 +139,189 @@ static void records_stay_within_their_bound(void) {
         }
 }
 
+/* --- event loops -------------------------------------------------------------------------------*/
+
+static int is_readable(int fd) {
+    return ik_wait_fd(fd, POLLIN, IK_NOW) > 0;
+}
+
+static void hear(const ik_log *log) {
+    uint64_t drained;
+    assert(ik_wait_fd(log->acked, POLLIN, soon()) > 0);
+    assert(read(log->acked, &drained, sizeof drained) == sizeof drained);
+}
+
+/* Fill the pipe of 4096 bytes, so that nothing of more than no bytes has room. */
+static void fill(ik_log *log, char byte) {
+    char page[4096];
+    memset(page, byte, sizeof page);
+    assert(append(log, page, sizeof page, IK_NOW) == 0);
+}
+
+/* What had no room is not held anywhere: it may be given up, or be another text next time. */
+static void a_full_pipe_holds_nothing_of_a_short_message(void) {
+    ik_log log = open_log(IK_LOG_RAW, IK_LOG_NONE);
+    fill(&log, 'x');
+    char text[] = "first";
+    ik_append waits = {.data = text, .len = 5}, given_up = {.data = text, .len = 5};
+    for (int i = 0; i < 3; i++) {
+        assert(ik_log_append(&log, &waits, IK_NOW) == -ETIMEDOUT);
+        assert(waits.full && !waits.sent && !waits.asked && !waits.locked);
+        assert(ik_log_append(&log, &given_up, IK_NOW) == -ETIMEDOUT);
+    }
+    assert(ik_wait_fd(log.writer, POLLOUT, IK_NOW) == -ETIMEDOUT);
+    memset(text, 0, sizeof text);
+    ik_log_abandon(&log, &given_up);
+    int logger = start_logger(&log);
+    assert(ik_wait_fd(log.writer, POLLOUT, soon()) == POLLOUT);
+    waits.data = "second";
+    waits.len = 6;
+    assert(ik_log_append(&log, &waits, IK_NOW) == 0 && !waits.full);
+    end_logger(&log, logger);
+    char end[8];
+    assert(pread(log.file, end, sizeof end, 4095) == 7 && memcmp(end, "xsecond", 7) == 0);
+    close_log(&log);
+}
+
+static void one_ring_acknowledges_many(int durability) {
+    enum { MANY = 100 };
+    ik_log log = open_log(IK_LOG_RAW, durability);
+    ik_append many[MANY] = {0};
+    for (int i = 0; i < MANY; i++) {
+        many[i].data = "0123456789";
+        many[i].len = 10;
+        assert(ik_log_append(&log, &many[i], IK_NOW) == -ETIMEDOUT);
+        assert(many[i].asked && !many[i].full && !many[i].locked);
+    }
+    assert(!is_readable(log.acked));
+    int logger = start_logger(&log);
+    hear(&log); /* it may be that of the beginning */
+    if (ik_log_append(&log, &many[0], IK_NOW) != 0)
+        hear(&log);
+    for (int i = 0; i < MANY; i++)
+        assert(ik_log_append(&log, &many[i], IK_NOW) == 0);
+    assert(lseek(log.file, 0, SEEK_END) == MANY * 10);
+    end_logger(&log, logger);
+    close_log(&log);
+}
+
+/* A logger killed with tickets unanswered, or between its answer and its ring: the next one rings.
+ */
+static void the_next_logger_rings(void) {
+    ik_log log = open_log(IK_LOG_RAW, IK_LOG_WRITTEN);
+    for (int i = 0; i < 20; i++) {
+        ik_append waits = {.data = "x", .len = 1};
+        assert(ik_log_append(&log, &waits, IK_NOW) == -ETIMEDOUT);
+        for (int deaths = 0; deaths < 3; deaths++) {
+            int victim = start_logger(&log);
+            ik_wait_fd(-1, 0, ik_wait_now() + rand() % 1000000);
+            kill(victim, SIGKILL);
+            assert(waitpid(victim, NULL, 0) == victim);
+        }
+        uint64_t drained;
+        while (read(log.acked, &drained, sizeof drained) > 0)
+            ;
+        int logger = start_logger(&log);
+        hear(&log);
+        if (ik_log_append(&log, &waits, IK_NOW) != 0) {
+            hear(&log);
+            assert(ik_log_append(&log, &waits, IK_NOW) == 0);
+        }
+        kill(logger, SIGKILL);
+        assert(waitpid(logger, NULL, 0) == logger);
+    }
+    int logger = start_logger(&log);
+    end_logger(&log, logger);
+    assert(lseek(log.file, 0, SEEK_END) == 20);
+    close_log(&log);
+}
+
+/* --- another file ------------------------------------------------------------------------------*/
+
+static void an_offered_file_gets_what_comes_later(int durability, int flags) {
+    ik_log log = open_log(IK_LOG_RAW, durability);
+    assert(fcntl(log.file, F_SETFL, flags) == 0); /* O_APPEND: splice refuses it */
+    int logger = start_logger(&log), files[4];
+    for (int i = 0; i < 4; i++) {
+        char text[9], byte;
+        assert(append(&log, "message", 7, soon()) == 0);
+        files[i] = memfd_create("next", MFD_CLOEXEC);
+        assert(ik_log_offer(&log, files[i], soon()) == 0);
+        assert(ik_wait_fd(log.tell, POLLIN, soon()) > 0);
+        assert(read(log.tell, &byte, 1) == 1 && ik_log_withdraw(&log) == (uint32_t)i + 1);
+        assert(pread(i ? files[i - 1] : log.file, text, sizeof text, 0) == 7);
+    }
+    assert(append(&log, "the end", 7, soon()) == 0);
+    end_logger(&log, logger);
+    assert(lseek(files[3], 0, SEEK_END) == 7);
+    for (int i = 0; i < 4; i++)
+        close(files[i]);
+    close_log(&log);
+}
+
+/* A late logger finds offers that are withdrawn, and the one that stands is taken. */
+static void a_withdrawn_offer_is_not_taken(void) {
+    ik_log log = open_log(IK_LOG_RAW, IK_LOG_WRITTEN);
+    int files[3];
+    for (int i = 0; i < 3; i++)
+        files[i] = memfd_create("next", MFD_CLOEXEC);
+    assert(ik_log_offer(&log, files[0], soon()) == 0 && ik_log_withdraw(&log) == 0);
+    int logger = start_logger(&log);
+    assert(append(&log, "a", 1, soon()) == 0);
+    assert(ik_log_withdraw(&log) == 0 && lseek(log.file, 0, SEEK_END) == 1);
+    kill(logger, SIGSTOP);
+    assert(waitpid(logger, NULL, WUNTRACED) == logger);
+    assert(ik_log_offer(&log, files[1], soon()) == 0);
+    assert(ik_log_offer(&log, files[2], soon()) == 0);
+    kill(logger, SIGCONT);
+    assert(ik_wait_fd(log.tell, POLLIN, soon()) > 0 && ik_log_withdraw(&log) == 1);
+    assert(append(&log, "b", 1, soon()) == 0);
+    end_logger(&log, logger);
+    assert(lseek(files[0], 0, SEEK_END) == 0 && lseek(files[1], 0, SEEK_END) == 0);
+    assert(lseek(files[2], 0, SEEK_END) == 1);
+    for (int i = 0; i < 3; i++)
+        close(files[i]);
+    close_log(&log);
+}
+
+/* The writer has written half a message and waits for room, which it gets; nothing is split. */
+static void a_long_message_stays_whole(void) {
+    enum { LONG = 1 << 20 };
+    ik_log log = open_log(IK_LOG_RAW, IK_LOG_NONE);
+    int writer = fork();
+    if (writer == 0) {
+        char *text = calloc(1, LONG);
+        _exit(append(&log, text, LONG, IK_FOREVER) != 0);
+    }
+    while (ik_log_backlog(&log) < 4096)
+        ik_wait_fd(-1, 0, ik_wait_now() + 1000000);
+    int next = memfd_create("next", MFD_CLOEXEC), status;
+    assert(ik_log_offer(&log, next, soon()) == 0);
+    int logger = start_logger(&log);
+    assert(ik_wait_fd(log.tell, POLLIN, soon()) > 0 && ik_log_withdraw(&log) == 1);
+    assert(lseek(log.file, 0, SEEK_END) == LONG && lseek(next, 0, SEEK_END) == 0);
+    assert(waitpid(writer, &status, 0) == writer && status == 0);
+    end_logger(&log, logger);
+    ik_log_counters counters;
+    ik_log_read_counters(&log, &counters);
+    assert(counters.files == 1 && counters.split == 0 && counters.torn == 0);
+    close(next);
+    close_log(&log);
+}
+
 int main(void) {
     a_writer_killed_in_a_long_message_frees_the_lock();
     acknowledged_is_in_the_file(IK_LOG_WRITTEN);
     acknowledged_is_in_the_file(IK_LOG_SYNCED);
     records_stay_within_their_bound();
+    a_full_pipe_holds_nothing_of_a_short_message();
+    one_ring_acknowledges_many(IK_LOG_WRITTEN);
+    one_ring_acknowledges_many(IK_LOG_SYNCED);
+    the_next_logger_rings();
+    an_offered_file_gets_what_comes_later(IK_LOG_NONE, 0);
+    an_offered_file_gets_what_comes_later(IK_LOG_WRITTEN, 0);
+    an_offered_file_gets_what_comes_later(IK_LOG_SYNCED, O_APPEND);
+    a_withdrawn_offer_is_not_taken();
+    a_long_message_stays_whole();
     return 0;
 }
