@@ -305,13 +305,9 @@ def _tell(name: str, state: str, timeout: float | None) -> None:
 
 def endpoint(listener: socket.socket) -> str:
     """Where *listener* listens: ``127.0.0.1:7007``, ``[::1]:7007``, ``unix:/path``, ``unix:@abstract``."""
-    return _endpoint(listener.getsockname())
-
-
-def _endpoint(address: Any) -> str:
+    address: Any = listener.getsockname()
     if isinstance(address, tuple):
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     # Abstract names are bytes that begin with NUL. What is not UTF-8 must not break who prints it.
-    path = os.fsencode(address).decode(errors="backslashreplace")
-    return "unix:" + path.replace("\0", "@", 1)
+    return "unix:" + os.fsencode(address).decode(errors="backslashreplace").replace("\0", "@", 1)

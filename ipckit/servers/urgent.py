@@ -2,19 +2,19 @@
 """The textbook's server for urgent data: the urgent byte is answered before the stream.
 
 It echoes what comes, and gives an urgent byte back as an urgent byte, ahead of all the echo that it still
-holds: a client that has sent much hears at once. Two variants learn of the byte in different ways:
+holds: a client that has sent much hears at once. Told of an urgent byte, it reads up to the mark and echoes
+nothing meanwhile. The two variants are told in different ways:
 
 ``sigurg``: F_SETOWN and SIGURG. The signal comes with the announcement, which may be before the byte; it
 comes once for several, and does not say which connection it is about.
-``pollpri``: the exceptional condition of poll(2), which stands as long as the byte is there and not taken.
+``pollpri``: the exceptional condition of poll(2), which stands as long as the byte is there and not read.
 
-TCP has one urgent byte at a time. If a second is announced before the first was taken, the first falls into
-the stream, or is lost if all before it was read. So it is with the answers, too: who sends several urgent
-bytes takes the answer to each before the next. ``python -m ipckit.servers.urgent`` runs it. See tcp(7).
+TCP has one urgent byte at a time. If a second is announced before the first was read, the first is ordinary
+data of the stream, and echoed there. So it is with the answers: who sends several urgent bytes waits for the
+answer to each. ``python -m ipckit.servers.urgent [--variant V] [--port N]`` runs it. See tcp(7).
 """
 
 import argparse
-import errno
 import fcntl
 import logging
 import math
@@ -34,29 +34,31 @@ __all__ = ["VARIANTS", "UrgentServer"]
 VARIANTS = ("sigurg", "pollpri")
 
 _PIECE = 65536
-_MOST = 1 << 21  # echo held for a client; beyond that its stream is not read, nor an urgent byte found in it
+_MOST = 1 << 21  # echo held for a client; beyond that no more is read, and no urgent byte found
 # An urgent byte can't overtake what the kernel has, so that is little: echo is handed over only while less
 # than this is unsent. The urgent byte is not held back so: its announcement goes even to a full receiver.
 _UNSENT = 16384
-_PAUSE = 0.1
+_PAUSE = 1.0
 
 _log = logging.getLogger(__name__)
 
 
 class _Client:
-    """One connection: what it is owed, and whether an urgent byte of it may be on its way."""
+    """One connection, and what it is owed."""
 
     def __init__(self, sock: socket.socket, variant: str) -> None:
         self.sock = sock
         self.urgent = b""
         self.echo = bytearray()
         self.ended = False
+        self.told = True  # of an urgent byte; at first it may have come before anybody could be told
         self.moved = time.monotonic()
-        self.polled = select.POLLPRI if variant == "pollpri" else 0
-        # Before it was ours to be signalled for, a byte may have come already.
-        self.announced = variant == "sigurg"
+        self._exceptional = select.POLLPRI if variant == "pollpri" else 0
         if variant == "sigurg":
             fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
+        # In the stream, first after the mark. Taken out of line and ahead of it, an urgent byte would be
+        # read once more in the stream if the next one is announced before the reads have passed its place.
+        sockets.set_oobinline(sock, True)
         self._hand_over(_UNSENT)
 
     def _hand_over(self, unsent: int) -> None:
@@ -64,40 +66,30 @@ class _Client:
 
     def wanted(self) -> int:
         """The events to wait for."""
-        reading = select.POLLIN if not self.ended and len(self.echo) < _MOST else 0
-        writing = select.POLLOUT if self.urgent or self.echo else 0
-        # What SIGURG has announced may still be behind data. No second signal tells when it is here.
-        return reading | writing | (select.POLLPRI if self.announced else self.polled)
+        reading = select.POLLIN | self._exceptional if not self.ended and len(self.echo) < _MOST else 0
+        return reading | (select.POLLOUT if self.urgent or self.echo else 0)
 
     def attend(self, events: int) -> bool:
-        """The urgent byte, a piece of the stream, then the answers; False when all is done."""
-        # A read that begins at the mark skips the urgent byte. None does: if POLLIN was there before we
-        # look for the mark, the next byte is an ordinary one, wherever a mark comes up meanwhile.
-        if self.announced or events & select.POLLPRI or sockets.at_mark(self.sock):
-            self._take_urgent()
-        if events & ~(select.POLLPRI | select.POLLOUT):
+        """A piece of the stream or the urgent byte, then the answers; False when all is done."""
+        self.told = (self.told or bool(events & select.POLLPRI)) and bool(events & select.POLLIN)
+        if events & ~select.POLLOUT:
             self._receive()
         with suppress(TimeoutError):  # no room for all of it
             self._answer()
         return not self.ended or bool(self.urgent or self.echo)
 
-    def _take_urgent(self) -> None:
-        try:
-            self.urgent = sockets.recv_urgent(self.sock, timeout=0)
-            self.announced = False
-        except TimeoutError:
-            self.announced = True  # but not here yet: what stands before it has to be read first
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self.announced = False  # there is none, or we had it already
-
     def _receive(self) -> None:
+        # A read ends at the mark, but one that begins there goes on. There was something to read before we
+        # ask for the mark; so if it isn't here, the next byte is an ordinary one, whatever comes meanwhile.
+        is_urgent = sockets.at_mark(self.sock)
         with suppress(BlockingIOError):
-            piece = sockets.recv(self.sock, _PIECE, sockets.MSG_DONTWAIT)  # ends at the mark, if there is one
+            piece = sockets.recv(self.sock, 1 if is_urgent else _PIECE, sockets.MSG_DONTWAIT)
             self.ended = not piece
-            self.echo += piece
             self.moved = time.monotonic()
+            if is_urgent:
+                self.urgent, self.told = piece, False
+            else:
+                self.echo += piece
 
     def _answer(self) -> None:
         if self.urgent:
@@ -106,7 +98,7 @@ class _Client:
             self._hand_over(_UNSENT)
             self.urgent = b""
             self.moved = time.monotonic()
-        if self.echo:
+        if self.echo and not self.told:
             del self.echo[: sockets.send(self.sock, self.echo[:_UNSENT], timeout=0)]
             self.moved = time.monotonic()
 
@@ -167,6 +159,7 @@ class UrgentServer:
             if not self._goes_on(client, ready.get(client.sock.fileno(), 0)):
                 self._clients.remove(client)
                 client.sock.close()
+                self._paused_until = 0.0  # now there is one of what was short
 
     def _wait(self, signals: SignalQueue) -> dict[int, int]:
         """The descriptors that are ready, each with its events."""
@@ -186,7 +179,7 @@ class UrgentServer:
     def _signalled(self, signals: set[int], stop_timeout: float) -> None:
         for client in self._clients:
             if signal.SIGURG in signals:  # for one of them, or several
-                client.announced = True
+                client.told = True
             if signals - {signal.SIGURG}:
                 with suppress(OSError):  # reset already
                     client.sock.shutdown(socket.SHUT_RD)  # what has come is still read, then the end
@@ -208,8 +201,8 @@ class UrgentServer:
     def _goes_on(self, client: _Client, events: int) -> bool:
         """See to *client* if there is anything to do; False when it is to be closed."""
         try:
-            going = client.attend(events) if events or client.announced else True
-        except (OSError, EOFError):  # reset: costs only itself
+            going = client.attend(events) if events or client.told else True
+        except OSError:  # reset: that costs only itself
             return False
         return going and time.monotonic() < client.moved + self._idle
 
