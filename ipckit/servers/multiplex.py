@@ -13,6 +13,8 @@ client until it has taken it. Nothing here waits but the loop. What it waits wit
 between the models select, poll and epoll.
 """
 
+import contextlib
+import os
 import socket
 import time
 from collections import deque
@@ -32,6 +34,7 @@ __all__ = ["MultiplexServer"]
 _ACCEPTS = 16
 _LOG_STEPS = 64
 _MOMENT = 0.001
+_LOOK_AGAIN = 0.1
 
 
 class _Client(Connection):
@@ -72,6 +75,7 @@ class MultiplexServer(Server):
         self._clients: set[_Client] = set()
         self._for_room: deque[_Client] = deque()  # in the log's pipe
         self._for_log: list[_Client] = []  # to acknowledge their piece
+        self._looks_again = False
         self._lingering: list[_Client] = []
 
     def _open(self) -> int:
@@ -80,6 +84,8 @@ class MultiplexServer(Server):
     def _begin(self) -> None:
         if self._keyboard is not None:
             self._keyboard.watch()
+        if self._terms.log is not None:
+            self.loop.watch(self._terms.log.native.acked, READ, self._acknowledged)
         if self._terms.tick is not None:
             self.loop.every(self._terms.tick, self._tick)
 
@@ -150,8 +156,9 @@ class MultiplexServer(Server):
                 self.loop.watch(self._terms.log.native.writer, WRITE, self._room)
             self._for_room.append(client)
         elif wanted == lib.IK_STEP_ACK:
-            if not self._for_log:
-                self.loop.after(_MOMENT, self._acknowledged)
+            if not self._looks_again:
+                self._looks_again = True
+                self.loop.after(_LOOK_AGAIN, self._look_again)
             self._for_log.append(client)
         else:
             if not self._lingering:
@@ -170,7 +177,17 @@ class MultiplexServer(Server):
         if not self._for_room:
             self.loop.forget(self._terms.log.native.writer)
 
-    def _acknowledged(self) -> None:
+    def _acknowledged(self, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._terms.log.native.acked)
+        self._ask_log()
+
+    def _look_again(self) -> None:
+        """For the logger that was killed when it was about to tell us."""
+        self._looks_again = False
+        self._ask_log()
+
+    def _ask_log(self) -> None:
         waiting, self._for_log = self._for_log, []
         for client in waiting:
             self._wait_for(client, client.step())
