@@ -29,25 +29,22 @@ LOOPS = ["select", "poll", "epoll"]
 class Running:
     """A server in a child of the test: its address, and what it says on its standard error and output."""
 
-    def __init__(self, capfd, address, child):
-        self._capfd, self.address, self._child = capfd, address, child
+    def __init__(self, printed, address, child):
+        self._printed, self.address, self._child = printed, address, child
         self.pid = child.pid
-        self.said = ""
+
+    @property
+    def said(self):
+        return self._printed.read_text()
 
     def connect(self):
         return socket.create_connection(self.address, timeout=20)
 
     def says(self, pattern, start=0):
         """Wait until it has said that (from *start* of said on); the match."""
-        found = []
-
-        def look():
-            self.said += "".join(self._capfd.readouterr())
-            found.append(re.compile(pattern).search(self.said, start))
-            return found[-1]
-
-        eventually(look)
-        return found[-1]
+        look = re.compile(pattern)
+        eventually(lambda: look.search(self.said, start))
+        return look.search(self.said, start)
 
     def statistics(self):
         """What it answers to SIGUSR1, now."""
@@ -68,15 +65,25 @@ class Running:
         assert self._child.wait(30) == 0, self.said
 
 
+def print_to(path):
+    """Not by capfd, which loses what is printed while it is read."""
+    printed = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    os.close(printed)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    logging.basicConfig(stream=open(2, "w", closefd=False), format="%(message)s", force=True)  # noqa: SIM115
+
+
 @pytest.fixture
-def serving(tmp_path, forked, capfd):
+def serving(tmp_path, forked):
     """``serving(model, expected_ends, before=..., **options)`` runs an echo server, and checks how its connections ended."""
 
     def start(model, ends, *, before=lambda: None, log=None, stop_timeout=20.0, keep=(), **options):
         listener = listen()
 
         def child(ready):
-            logging.basicConfig(stream=sys.stderr, format="%(message)s", force=True)
+            print_to(tmp_path / "printed")
             for name in keep:
                 os.close(name)
             with blocked([signal.SIGTERM]), contextlib.ExitStack() as stack:
@@ -92,7 +99,7 @@ def serving(tmp_path, forked, capfd):
         address = listener.getsockname()
         listener.close()
         running.wait_ready()
-        return Running(capfd, address, running)
+        return Running(tmp_path / "printed", address, running)
 
     return start
 
@@ -143,12 +150,13 @@ def test_a_keyboard_that_is_none(serving, model, name):
     running.terminate()
 
 
-def test_a_server_in_the_background_of_its_terminal_is_not_stopped_by_what_is_typed(forked, capfd):
+def test_a_server_in_the_background_of_its_terminal_is_not_stopped_by_what_is_typed(forked, tmp_path):
     ours, theirs = pty.openpty()
     name = os.ttyname(theirs)
     listener = listen()
 
     def shell(ready):
+        print_to(tmp_path / "printed")
         os.setsid()
         terminal = os.open(name, os.O_RDWR)  # the controlling one from now on, and we are in its foreground
         job = fork(serve_in_background, terminal, keep=(terminal, listener, 1, 2))
@@ -162,7 +170,7 @@ def test_a_server_in_the_background_of_its_terminal_is_not_stopped_by_what_is_ty
             serve(EchoService, listener, model="epoll", keyboard=terminal)
 
     child = forked(shell)
-    server = Running(capfd, listener.getsockname(), child)
+    server = Running(tmp_path / "printed", listener.getsockname(), child)
     child.wait_ready()
     listener.close()
     pid = int(server.says(r"pid (\d+)")[1])
