@@ -225,7 +225,7 @@ static int append(ik_connection *c) {
 static int log_piece(ik_connection *c) {
     int rc = append(c);
     if (rc == -ETIMEDOUT && !c->blocking)
-        return keep(c, c->append.asked ? IK_STEP_ACK : IK_STEP_LOG);
+        return keep(c, c->append.full ? IK_STEP_LOG : IK_STEP_ACK);
     if (rc < 0) {
         ik_log_abandon(c->log, &c->append);
         return ik_connection_abort(c,

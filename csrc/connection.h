@@ -34,7 +34,7 @@ enum ik_connection_step {
     IK_STEP_READ = 1,    /* POLLIN on the socket */
     IK_STEP_WRITE = 4,   /* POLLOUT on the socket */
     IK_STEP_LOG = 16,    /* POLLOUT on the log's writer */
-    IK_STEP_ACK = 32,    /* the log's acknowledgement */
+    IK_STEP_ACK = 32,    /* POLLIN on the log's acked; see ik_log_append */
     IK_STEP_LINGER = 64, /* ik_connection_flushed() until that is true */
     IK_STEP_PIECE = 128, /* piece_len bytes are in the block, and logged: answer them */
     IK_STEP_LAST = 256,  /* the client has ended its side: answer that, or nothing */

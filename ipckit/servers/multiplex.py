@@ -15,7 +15,6 @@ between the models select, poll and epoll.
 
 import socket
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +24,12 @@ from ipckit.servers.connection import Connection, new_block
 from ipckit.servers.keyboard import Keyboard
 from ipckit.servers.loop import READ, WRITE, HasFileno
 from ipckit.servers.server import Server
+from ipckit.servers.waiting import Waiting
 
 __all__ = ["MultiplexServer"]
 
-# So many at a time, so that a rush of new clients doesn't keep those that are served waiting.
+# In a turn, so that a rush of new clients doesn't keep those that are served waiting.
 _ACCEPTS = 16
-_LOG_STEPS = 64
-_MOMENT = 0.001
 
 
 class _Client(Connection):
@@ -70,9 +68,7 @@ class MultiplexServer(Server):
         self._keyboard = None if keyboard is None else Keyboard(keyboard, self.loop, self.stop)
         self._block = new_block()  # one for all, because they take turns
         self._clients: set[_Client] = set()
-        self._for_room: deque[_Client] = deque()  # in the log's pipe
-        self._for_log: list[_Client] = []  # to acknowledge their piece
-        self._lingering: list[_Client] = []
+        self._waiting = Waiting(self.loop, log, self._wait_for)
 
     def _open(self) -> int:
         return len(self._clients)
@@ -80,6 +76,7 @@ class MultiplexServer(Server):
     def _begin(self) -> None:
         if self._keyboard is not None:
             self._keyboard.watch()
+        self._waiting.watch()
         if self._terms.tick is not None:
             self.loop.every(self._terms.tick, self._tick)
 
@@ -120,12 +117,12 @@ class MultiplexServer(Server):
             return
         if (
             watched
-        ):  # nothing is asked of the client now, and that it hangs up must not wake us again and again
+        ):  # it is not the client that is waited for; if it hangs up, that must not wake us all the time
             self.loop.forget(client)
         if wanted == lib.IK_STEP_ENDED:
             self._close(client)
         else:
-            self._wait_elsewhere(client, wanted)
+            self._waiting.add(client, wanted)
 
     def _close(self, client: _Client) -> None:
         was_full = self._open() == self._max_connections
@@ -141,46 +138,6 @@ class MultiplexServer(Server):
         now = time.monotonic_ns()
         for client in self._clients:
             lib.ik_connection_tick(client.native, now)
-
-    # --- waiting for something else than the client
-
-    def _wait_elsewhere(self, client: _Client, wanted: int) -> None:
-        if wanted == lib.IK_STEP_LOG:
-            if not self._for_room:
-                self.loop.watch(self._terms.log.native.writer, WRITE, self._room)
-            self._for_room.append(client)
-        elif wanted == lib.IK_STEP_ACK:
-            if not self._for_log:
-                self.loop.after(_MOMENT, self._acknowledged)
-            self._for_log.append(client)
-        else:
-            if not self._lingering:
-                self.loop.after(_MOMENT, self._flush)
-            self._lingering.append(client)
-
-    def _room(self, _: int) -> None:
-        """The log's pipe has room: who has waited longest goes first, until it is full again."""
-        for _ in range(min(len(self._for_room), _LOG_STEPS)):
-            client = self._for_room[0]
-            wanted = client.step()
-            if wanted == lib.IK_STEP_LOG:
-                return
-            self._for_room.popleft()
-            self._wait_for(client, wanted)
-        if not self._for_room:
-            self.loop.forget(self._terms.log.native.writer)
-
-    def _acknowledged(self) -> None:
-        waiting, self._for_log = self._for_log, []
-        for client in waiting:
-            self._wait_for(client, client.step())
-
-    def _flush(self) -> None:
-        """Close those whose last answer has arrived; closing earlier might reset the connection."""
-        lingering, self._lingering = self._lingering, []
-        for client in lingering:
-            flushed = lib.ik_connection_flushed(client.native)
-            self._wait_for(client, lib.IK_STEP_ENDED if flushed else lib.IK_STEP_LINGER)
 
     # --- the end
 
