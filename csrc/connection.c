@@ -156,7 +156,11 @@ static int broken(ik_connection *c, int when_idle, int otherwise) {
                                                          : otherwise);
 }
 
-static int end_in_order(ik_connection *c) {
+int ik_connection_lost(ik_connection *c, int sending) {
+    return broken(c, sending ? IK_END_NOT_READ : IK_END_IDLE, IK_END_RESET);
+}
+
+int ik_connection_finish(ik_connection *c) {
     c->end = get(&c->expired) ? get(&c->expired) : IK_END_DONE;
     /* Closing a socket with unread input sends a reset, which may overtake our last answer. */
     if (c->end != IK_END_DONE || !(get(&c->stopping) || c->closing))
@@ -166,8 +170,21 @@ static int end_in_order(ik_connection *c) {
     return IK_STEP_LINGER;
 }
 
+size_t ik_connection_most(const ik_connection *c) {
+    return c->log && c->log->format == IK_LOG_RECORD ? RECORD_PIECE : RAW_PIECE;
+}
+
+static void begin_piece(ik_connection *c, const char *piece, size_t len) {
+    set(&c->moved, 1);
+    c->data = piece;
+    c->piece_len = c->len = len;
+    c->sent = 0;
+    c->append = (ik_append){0};
+    c->state = len > 0 && c->log ? LOGGING : ANSWERING;
+}
+
 static int receive(ik_connection *c, char *block) {
-    size_t most = c->log && c->log->format == IK_LOG_RECORD ? RECORD_PIECE : RAW_PIECE;
+    size_t most = ik_connection_most(c);
     ssize_t n;
     do
         n = recv(c->socket, block, most, c->blocking ? 0 : MSG_DONTWAIT);
@@ -177,13 +194,8 @@ static int receive(ik_connection *c, char *block) {
     if (n < 0)
         return broken(c, IK_END_IDLE, IK_END_RESET);
     if (n == 0 && (c->echoes || get(&c->expired)))
-        return end_in_order(c);
-    set(&c->moved, 1);
-    c->data = block;
-    c->piece_len = c->len = (size_t)n;
-    c->sent = 0;
-    c->append = (ik_append){0};
-    c->state = n > 0 && c->log ? LOGGING : ANSWERING;
+        return ik_connection_finish(c);
+    begin_piece(c, block, (size_t)n);
     return -EAGAIN; /* that is, go on */
 }
 
@@ -225,7 +237,7 @@ static int append(ik_connection *c) {
 static int log_piece(ik_connection *c) {
     int rc = append(c);
     if (rc == -ETIMEDOUT && !c->blocking)
-        return keep(c, c->append.full ? IK_STEP_LOG : IK_STEP_ACK);
+        return c->append.full ? IK_STEP_LOG : IK_STEP_ACK;
     if (rc < 0) {
         ik_log_abandon(c->log, &c->append);
         return ik_connection_abort(c,
@@ -265,7 +277,7 @@ static int answer(ik_connection *c) {
     if (c->kept)
         forget_kept(c);
     c->state = READING;
-    return c->closing ? end_in_order(c) : IK_STEP_READ;
+    return c->closing ? ik_connection_finish(c) : IK_STEP_READ;
 }
 
 int ik_connection_step(ik_connection *c, char *block) {
@@ -277,7 +289,7 @@ int ik_connection_step(ik_connection *c, char *block) {
     if (c->state == LOGGING) {
         int wanted = log_piece(c);
         if (wanted != -EAGAIN)
-            return wanted;
+            return wanted == IK_STEP_ENDED ? wanted : keep(c, wanted);
     }
     if (c->state == LINGERING)
         return IK_STEP_LINGER;
@@ -303,7 +315,35 @@ int ik_connection_answer(ik_connection *c, const char *data, size_t len, int clo
     if (len > 0)
         return answer(c);
     c->state = READING;
-    return closing ? end_in_order(c) : IK_STEP_READ;
+    return closing ? ik_connection_finish(c) : IK_STEP_READ;
+}
+
+/* --- who receives and sends by itself ----------------------------------------------------------*/
+
+int ik_connection_take(ik_connection *c, const char *piece, size_t len) {
+    if (c->state != LOGGING)
+        begin_piece(c, piece, len);
+    c->data = piece;
+    if (c->state == LOGGING) {
+        int wanted = log_piece(c);
+        if (wanted != -EAGAIN)
+            return wanted;
+    }
+    c->state = READING;
+    if (c->echoes)
+        ik_connection_answered(c, len, 0);
+    return IK_STEP_PIECE;
+}
+
+int ik_connection_answered(ik_connection *c, size_t len, int closing) {
+    if (len > c->max_output)
+        return ik_connection_abort(c, IK_END_TOO_MUCH);
+    if (len > 0) {
+        count(&c->counters->bytes, len);
+        count(&c->counters->echoes, 1);
+    }
+    c->closing = closing;
+    return closing ? ik_connection_finish(c) : IK_STEP_READ;
 }
 
 /* --- deadlines and the end ---------------------------------------------------------------------*/

@@ -109,6 +109,21 @@ int ik_connection_answer(ik_connection *c, const char *answer, size_t len, int c
 /* End it now, as end says. IK_STEP_ENDED. */
 int ik_connection_abort(ik_connection *c, int end);
 
+/* For who receives and sends by itself. A piece of at most ik_connection_most() bytes has come: log
+ * it without waiting. IK_STEP_PIECE: it is logged, answer it (an echo counts already); IK_STEP_LOG,
+ * IK_STEP_ACK: call again later, with the same; IK_STEP_ENDED. */
+int ik_connection_take(ik_connection *c, const char *piece, size_t len);
+size_t ik_connection_most(const ik_connection *c);
+
+/* As ik_connection_answer(): so much is the answer, which the caller sends unless it has ended. */
+int ik_connection_answered(ik_connection *c, size_t len, int closing);
+
+/* All is answered and it was the last: IK_STEP_ENDED or IK_STEP_LINGER. */
+int ik_connection_finish(ik_connection *c);
+
+/* It broke. sending: with a part of the answer unsent. IK_STEP_ENDED. */
+int ik_connection_lost(ik_connection *c, int sending);
+
 /* All steps of a blocking echo connection until its end, lingering too, and close. Its end. */
 int ik_connection_run(ik_connection *c);
 

@@ -30,6 +30,7 @@ MODELS: "dict[str, str]" = {
     "select": "SelectServer",
     "poll": "PollServer",
     "epoll": "EpollServer",
+    "asyncio": "AsyncioServer",
 }
 """the models, each a module of this package, and the class in it"""
 

@@ -143,12 +143,14 @@ class Connection:
     def _answer(self, method: Any, *piece: bytes) -> int:
         assert self.service is not None
         try:
-            answer = method(*piece)
-            rc: int = lib.ik_connection_answer(self.native, answer, len(answer), self.service.closing)
+            rc = self._send(method(*piece), self.service.closing)
         except Exception:
             _log.exception("connection %d from %s: the service failed", self.number, self.peer)
             rc = lib.ik_connection_abort(self.native, lib.IK_END_SERVICE_FAILED)
         return rc
+
+    def _send(self, answer: bytes, closing: bool) -> int:
+        return int(lib.ik_connection_answer(self.native, answer, len(answer), closing))
 
     def run(self) -> int:
         """All of a client that its process has for its own: block until the end, then close.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-__all__ = ["READ", "WRITE", "HasFileno", "Loop"]
+__all__ = ["READ", "WRITE", "Handler", "HasFileno", "Loop", "number_of"]
 
 READ: int = select.POLLIN
 WRITE: int = select.POLLOUT
@@ -45,16 +45,16 @@ class Loop:
 
     def watch(self, source: "HasFileno | int", events: int, handler: Handler) -> None:
         """Call ``handler(events)`` whenever *source* is ready for one of *events*, fails or hangs up."""
-        fd = _number(source)
+        fd = number_of(source)
         self.poller.register(fd, events)
         self.handlers[fd] = handler
 
     def watches(self, source: "HasFileno | int") -> bool:
-        return _number(source) in self.handlers
+        return number_of(source) in self.handlers
 
     def forget(self, source: "HasFileno | int") -> None:
         """End watch(), before the descriptor is closed."""
-        fd = _number(source)
+        fd = number_of(source)
         if self.handlers.pop(fd, None) is not None:
             self.poller.unregister(fd)
 
@@ -86,6 +86,9 @@ class Loop:
         if self._moments:
             self._run_moments()
 
+    def wake(self) -> None:
+        """Have turn() return after what it does now; a loop that turns by itself wouldn't."""
+
     def _patience(self, until: float | None) -> float | None:
         first = self._moments[0][0] if self._moments else None
         if until is None or (first is not None and first < until):
@@ -105,5 +108,5 @@ class Loop:
             handler()
 
 
-def _number(source: "HasFileno | int") -> int:
+def number_of(source: "HasFileno | int") -> int:
     return source if isinstance(source, int) else source.fileno()

@@ -198,6 +198,7 @@ class Server:
     def stop(self) -> None:
         """End serve() as SIGTERM does; from a function that the loop calls."""
         self._stopping = True
+        self.loop.wake()
 
     def _watch(self, signals: SignalQueue) -> None:
         self.loop.watch(signals, READ, lambda _: self._signalled(signals))
@@ -212,7 +213,7 @@ class Server:
             elif info.signo == signal.SIGUSR1:
                 self._tell()
             else:
-                self._stopping = True
+                self.stop()
 
     def _tell(self) -> None:
         stats = asdict(self.stats())
