@@ -346,7 +346,12 @@ def test_the_logger_holds_nothing_but_what_it_needs(tmp_path):
         folder = f"/proc/{log.logger.pid}/fd"
         eventually(lambda: len(os.listdir(folder)) == 8)
         links = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if int(name) > 2}
-        assert {link.split(":")[0] for link in links} == {str(tmp_path / "log"), "pipe", "socket", "anon_inode"}
+        assert {link.split(":")[0] for link in links} == {
+            str(tmp_path / "log"),
+            "pipe",
+            "socket",
+            "anon_inode",
+        }
     os.close(extra)
 
 

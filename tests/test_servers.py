@@ -3,6 +3,7 @@
 What is special to a model has a file of its own, tests/test_servers_<model>.py.
 """
 
+import contextlib
 import ctypes
 import errno
 import itertools
@@ -155,11 +156,12 @@ def round_trip(server):
     return time.monotonic() - start
 
 
-def fill(connection):
-    """Send and never read, until nothing goes any more."""
+def fill(connection, patience=0.1):
+    """Send and never read, until nothing goes any more, or it is closed."""
     connection.setblocking(False)
-    while select.select([], [connection], [], 0.1)[1]:
-        connection.send(bytes(1 << 16))
+    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        while select.select([], [connection], [], patience)[1]:
+            connection.send(bytes(1 << 16))
 
 
 def test_bad_clients_cost_only_themselves(started, model):
@@ -189,19 +191,14 @@ def test_bad_clients_cost_only_themselves(started, model):
 def test_deadlines(started):
     """Who is silent, who does not read and who goes on for ever: each is cut in time, under its own name."""
     server = started("--idle-timeout", "0.5", "--total-timeout", "1.5")
-    silent, unreading, busy = (server.connect() for _ in range(3))
-    fill(unreading)
-    start = time.monotonic()
-    while time.monotonic() - start < 20:
-        try:
-            if exchange(busy, b"x") != b"x":
-                break
-        except (BrokenPipeError, ConnectionResetError):
-            break
-        select.select([busy], [], [], 0.02)  # a client that takes its time
-    assert silent.recv(1) == b"", "closed by the server"
-    for client in (silent, unreading, busy):
-        client.close()
+    silent, unreading = server.connect(), server.connect()
+    with Crowd() as crowd:
+        busy = crowd.add(server.connect(), itertools.repeat(b"x"), each_waits=True)
+        crowd.run(until=lambda: fill(unreading, 0), timeout=20)  # until busy has been cut
+        assert busy.got
+        assert silent.recv(1) == b"", "closed by the server"
+        silent.close()
+        unreading.close()
     printed = " ".join(stopped(server).split())
     for how in ("1 expired", "1 idle", "1 not read"):
         assert how in printed, printed
