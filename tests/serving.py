@@ -25,23 +25,18 @@ BENCH = Path(__file__).parent.parent / "build" / "bench"  # the C programs of be
 class Served:
     """``ipckit serve`` with *options*, logging to *path*: on a free port of loopback unless they say where.
 
-    Args: model: of MODELS, or None for the default. prefix: what runs it, as strace. env: more of it.
+    Args: model: of MODELS, or None for the default. prefix: what runs it, as strace. popen: see Popen.
     """
 
-    def __init__(self, path, *options, model=None, prefix=(), **env):
+    def __init__(self, path, *options, model=None, prefix=(), **popen):
         self.path = Path(path)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe would fill, and stop the server
         command = [*prefix, sys.executable, "-m", "ipckit", "serve", "--port", "0", "--log", str(path)]
         if model:
             command += ["--model", model]
+        popen = {"stdin": subprocess.DEVNULL, "stderr": self._errors, "start_new_session": True} | popen
         self.process = subprocess.Popen(
-            [*command, *map(str, options)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,
-            env=os.environ | env,
+            [*command, *map(str, options)], stdout=subprocess.PIPE, text=True, **popen
         )
         self.addresses = []
         """where it listens, as connect() of a socket takes it"""

@@ -4,6 +4,7 @@
 rich is imported only where it draws: what a server has loaded makes its forks dearer.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -87,13 +88,15 @@ class LiveView:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):
+            self._live.stop()
         _print_events_to(sys.stderr)
 
     def _refresh(self) -> None:
         (before, old), (now, new) = self._last, (time.monotonic(), self._server.stats())
         self._last = (now, new)
-        self._live.update(_figures(old, new, now - before, now - self._began), refresh=True)
+        with contextlib.suppress(OSError):  # EIO: the terminal has been closed; a signal says so too
+            self._live.update(_figures(old, new, now - before, now - self._began), refresh=True)
 
 
 def _figures(old: ServerStats, new: ServerStats, seconds: float, age: float) -> "Table":
@@ -126,7 +129,8 @@ def show(stats: ServerStats, *, as_json: bool) -> None:
     if as_json:
         event("served", "served %d connections", stats.connections, **asdict(stats))
     else:
-        _show_table(stats)
+        with contextlib.suppress(OSError):  # EIO: the terminal has been closed
+            _show_table(stats)
 
 
 def _show_table(stats: ServerStats) -> None:
