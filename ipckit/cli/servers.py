@@ -151,7 +151,7 @@ def _keyword(option: str) -> str:
 @click.option(
     "--keyboard/--no-keyboard",
     default=None,
-    help="select, poll, epoll: read standard input too; the line quit ends the server. "
+    help="iterative, select, poll, epoll: read standard input too; the line quit ends the server. "
     "[default: if it is a terminal]",
 )
 @click.option(
