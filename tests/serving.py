@@ -1,16 +1,21 @@
 """A server as a user starts it, in a process of its own, and clients that check what comes back."""
 
 import contextlib
+import json
 import os
 import re
 import select
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 from ipckit.messagelog import records
 
@@ -20,22 +25,18 @@ BENCH = Path(__file__).parent.parent / "build" / "bench"  # the C programs of be
 class Served:
     """``ipckit serve`` with *options*, logging to *path*: on a free port of loopback unless they say where.
 
-    Args: model: of MODELS, or None for the default. prefix: what runs it, as strace. env: more of it.
+    Args: model: of MODELS, or None for the default. prefix: what runs it, as strace. popen: see Popen.
     """
 
-    def __init__(self, path, *options, model=None, prefix=(), **env):
+    def __init__(self, path, *options, model=None, prefix=(), **popen):
         self.path = Path(path)
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe would fill, and stop the server
         command = [*prefix, sys.executable, "-m", "ipckit", "serve", "--port", "0", "--log", str(path)]
         if model:
             command += ["--model", model]
+        popen = {"stdin": subprocess.DEVNULL, "stderr": self._errors, "start_new_session": True} | popen
         self.process = subprocess.Popen(
-            [*command, *map(str, options)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=os.environ | env,
+            [*command, *map(str, options)], stdout=subprocess.PIPE, text=True, **popen
         )
         self.addresses = []
         """where it listens, as connect() of a socket takes it"""
@@ -51,8 +52,8 @@ class Served:
             assert readable, f"the server said only {said!r}"
             piece = os.read(self.process.stdout.fileno(), 4096).decode()
             if not piece:
-                error = self.process.communicate(timeout=30)[1]
-                raise AssertionError(f"it ended with status {self.process.returncode}: {error}")
+                status = self.process.wait(30)
+                raise AssertionError(f"it ended with status {status}: {self.errors()}")
             said += piece
         return said.splitlines()[:-1]
 
@@ -63,6 +64,21 @@ class Served:
     @property
     def pid(self):
         return self.process.pid
+
+    def errors(self):
+        """What it has printed on standard error."""
+        end = os.fstat(self._errors.fileno()).st_size
+        return os.pread(self._errors.fileno(), end, 0).decode()
+
+    def events(self):
+        """The same with --json: name and fields of each event."""
+        lines = self.errors().splitlines(keepends=True)
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [(event["event"], event) for event in events]
+
+    def cpu_seconds(self):
+        """Used so far by the server, what it has reaped, and its children."""
+        return cpu_seconds(self.pid) + sum(cpu_seconds(pid) for pid in self.children()[0])
 
     def connect(self, address=None, timeout=20):
         return connect(address or self.address, timeout)
@@ -96,15 +112,15 @@ class Served:
     def stop(self, signum=signal.SIGTERM, timeout=30):
         """Signal it; its exit status and what it printed at the end."""
         self.process.send_signal(signum)
-        out, err = self.process.communicate(timeout=timeout)
-        return self.process.returncode, out + err
+        out, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, out + self.errors()
 
     def close(self):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
         self.process.stdout.close()
-        self.process.stderr.close()
+        self._errors.close()
 
     def __enter__(self):
         return self
@@ -136,11 +152,23 @@ def connect(address, timeout=20):
     return client
 
 
-def _state(pid):
+def _stat(pid):
+    """The fields of /proc/PID/stat from the state on; None if it has gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def _state(pid):
+    fields = _stat(pid)
+    return fields and fields[0]
+
+
+def cpu_seconds(pid):
+    """What a process has used so far, with the children that it has reaped."""
+    ticks = (_stat(pid) or ["0"] * 15)[11:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def _links(pid):
@@ -177,6 +205,139 @@ def half_close_and_drain(connection):
     """End our side; what still comes."""
     connection.shutdown(socket.SHUT_WR)
     return recv_exact(connection, 1 << 30)
+
+
+class Client:
+    """One of a crowd: what it sent, what it got, how it ended.
+
+    Args: messages: of bytes. each_waits: the next one is sent when the last has come back whole; else
+        all as soon as there is room. After the last one its side is closed.
+    """
+
+    def __init__(self, connection, messages, each_waits=False):
+        connection.setblocking(False)
+        self.connection = connection
+        # Known by it in the log; that of a Unix client is its process.
+        self.name = "{}:{}".format(*connection.getsockname()) if connection.family == socket.AF_INET else None
+        self._messages = iter(messages)
+        self._each_waits = each_waits
+        self._unsent = b""
+        self._closing = False
+        self.sent = bytearray()
+        """all that the kernel took"""
+        self.got = bytearray()
+        self.end = None
+        """"eof" or "reset", once it is there"""
+
+    def finish(self):
+        """Send no further message."""
+        self._messages = iter(())
+
+    def events(self):
+        may_send = not self._closing and (self._unsent or not self._each_waits or self._is_answered())
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if may_send else 0)
+
+    def _is_answered(self):
+        return len(self.got) == len(self.sent)
+
+    def step(self, events):
+        try:
+            if events & selectors.EVENT_READ:
+                self._receive()
+            if events & selectors.EVENT_WRITE and self.end is None:
+                self._send()
+        except BlockingIOError:
+            pass
+        except (ConnectionResetError, BrokenPipeError):
+            self.end = "reset"
+
+    def _receive(self):
+        piece = self.connection.recv(1 << 18)
+        self.got += piece
+        if not piece:
+            self.end = "eof"
+
+    def _send(self):
+        self._unsent = self._unsent or next(self._messages, b"")
+        if self._unsent:
+            count = self.connection.send(self._unsent)
+            self.sent += self._unsent[:count]
+            self._unsent = self._unsent[count:]
+        else:
+            self._closing = True
+            self.connection.shutdown(socket.SHUT_WR)
+
+
+class Crowd:
+    """Clients at a time in one process; each sends and receives as it can, so none can deadlock."""
+
+    def __init__(self):
+        self.clients = []
+        self._selector = selectors.DefaultSelector()
+
+    def add(self, connection, messages, each_waits=False):
+        client = Client(connection, messages, each_waits)
+        self.clients.append(client)
+        self._selector.register(connection, client.events(), client)
+        return client
+
+    def run(self, until=lambda: False, timeout=60):
+        """Until all have ended, or *until* is true."""
+        end = time.monotonic() + timeout
+        while self._selector.get_map() and not until():
+            assert time.monotonic() < end, f"clients hang: {self._hanging()}"
+            for key, events in self._selector.select(0.01):
+                self._step(key, events)
+
+    def _step(self, key, events):
+        client = key.data
+        client.step(events)
+        if client.end:
+            self._selector.unregister(client.connection)
+        elif client.events() != key.events:
+            self._selector.modify(client.connection, client.events(), client)
+
+    def run_for(self, seconds):
+        end = time.monotonic() + seconds
+        self.run(until=lambda: time.monotonic() >= end)
+
+    def _hanging(self):
+        return [(c.name, len(c.sent), len(c.got)) for c in self.clients if not c.end][:5]
+
+    def finish(self):
+        """No new messages; all answers."""
+        for client in self.clients:
+            client.finish()
+        self.run()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self._selector.close()
+        for client in self.clients:
+            client.connection.close()
+
+
+def assert_logged(clients, *paths):
+    """The log, in record format, has each of the clients' bytes once and in order: what they got back,
+    and of what they sent beyond that nothing, or its beginning. Files of a rotation: from old to new."""
+    logged = defaultdict(bytearray)
+    numbers = {}
+    for path in paths:
+        for record in records(path, on_torn=lambda number, line: pytest.fail(f"torn: {number} {line}")):
+            assert numbers.setdefault(record.peer, record.connection) == record.connection, (
+                "a port came twice"
+            )
+            logged[record.peer] += record.data
+    for client in clients:
+        data = logged.pop(client.name, b"")
+        assert client.sent.startswith(data), f"{client.name}: doubled, reordered or invented"
+        assert client.sent.startswith(client.got), f"{client.name}: a wrong answer"
+        assert len(data) >= len(client.got), (
+            f"{client.name}: {len(client.got)} bytes came back, {len(data)} are logged"
+        )
+    assert not logged, f"clients that nobody knows: {list(logged)}"
 
 
 def streams(path):

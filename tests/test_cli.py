@@ -1,12 +1,26 @@
+import contextlib
+import fcntl
 import os
+import re
+import select
 import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
+import time
 
 import pytest
 from conftest import eventually
 from serving import Served, exchange
+
+from ipckit.cli import commands, servers  # noqa: F401 - the latter adds to the former
+from ipckit.servers import MODELS, server_class
+
+# Set through other options, or for programs only.
+NOT_FOR_THE_COMMAND_LINE: "set[str]" = set()
 
 IPCKIT = [sys.executable, "-m", "ipckit"]
 
@@ -77,6 +91,7 @@ def test_a_log_in_use_is_one_line(tmp_path):
     "options",
     [
         ("--port", "65536"), ("--port", "x"), ("--max-children", "0"), ("--idle-timeout", "0"), ("--idle-timeout", "-1"),
+        ("--max-connections", "0"), ("--total-timeout", "0"), ("--max-output", "0"), ("--service", "nothing"),
         ("--model", "magic"), ("--format", "xml"), ("--durability", "very"), ("--log", "."), ("--unknown",), ("extra",),
     ],
 )  # fmt: skip
@@ -86,6 +101,266 @@ def test_a_bad_option_is_status_2_and_names_the_value(tmp_path, options):
     assert options[-1] in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
+
+
+# --- the options of models -------------------------------------------------------------------------
+
+
+def test_an_option_that_the_model_lacks_names_both_and_who_has_it(tmp_path):
+    for option in (("--keyboard",), ("--no-keyboard",)):
+        status, out, errors = run("serve", "--model", "fork", *option, cwd=tmp_path)
+        assert (status, out) == (2, "")
+        assert "--keyboard is no option of the model fork, only of " in errors
+        assert "epoll" in errors.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_option_of_a_model_can_be_given(model):
+    """What a class takes by keyword and the command line doesn't know would be out of reach."""
+    known = {parameter.name for parameter in commands.group.commands["serve"].params}
+    assert set(server_class(model).options()) - known <= NOT_FOR_THE_COMMAND_LINE
+
+
+# --- a service of the user's own -------------------------------------------------------------------
+
+UPPER = """
+from ipckit.servers import Service
+
+class Upper(Service):
+    def received(self, piece):
+        if piece == b"bad":
+            raise RuntimeError("no such luck")
+        return piece.upper()
+
+a_function = print
+"""
+
+
+@pytest.mark.parametrize("where", ["upper:Upper", "upper.py:Upper", "./upper.py:Upper"])
+def test_a_service_of_a_module_or_a_file(tmp_path, where):
+    (tmp_path / "upper.py").write_text(UPPER)
+    with Served(tmp_path / "log", "--service", where, cwd=tmp_path) as server:
+        with server.connect() as client:
+            assert exchange(client, b"hello") == b"HELLO"
+        assert server.stop()[0] == 0
+    assert (tmp_path / "log").read_bytes() == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("upper", "'upper' is not MODULE:CLASS or FILE.py:CLASS"),
+        (":Upper", "':Upper' is not MODULE:CLASS or FILE.py:CLASS"),
+        ("upper:Lower", "'upper:Lower' must be a subclass of ipckit.servers.Service, and is nothing"),
+        (
+            "upper:a_function",
+            "must be a subclass of ipckit.servers.Service, and is <built-in function print>",
+        ),
+        ("no_such:Upper", "'no_such' can't be loaded: ModuleNotFoundError: No module named 'no_such'"),
+        ("no_such.py:Upper", "'no_such.py' can't be loaded: FileNotFoundError: "),
+        ("broken.py:Upper", "'broken.py' can't be loaded: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_is_no_service_is_one_line_and_status_2(tmp_path, where, why):
+    (tmp_path / "upper.py").write_text(UPPER)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    status, out, errors = run("serve", "--port", "0", "--service", where, cwd=tmp_path)
+    assert (status, out) == (2, "")
+    assert why in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "echomsg.txt").exists()
+
+
+# --- where it listens ------------------------------------------------------------------------------
+
+
+def test_no_log(tmp_path):
+    with Served(tmp_path / "log", "--no-log") as server:
+        with server.connect() as client:
+            assert exchange(client, b"unseen") == b"unseen"
+        assert server.stop()[0] == 0
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_unix_socket_alone(tmp_path):
+    path = tmp_path / "socket"
+    with Served(tmp_path / "log", "--unix", path) as server:
+        assert server.addresses == [str(path)]
+        status, _, errors = run("serve", "--unix", path, "--log", tmp_path / "other")
+        assert (status, errors) == (1, f"Error: {path}: Address already in use\n")
+        with server.connect() as client:
+            assert exchange(client, b"x") == b"x"
+        assert server.stop()[0] == 0
+    assert not path.exists()
+
+
+def test_a_path_that_is_no_socket_is_left_alone(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    status, _, errors = run("serve", "--unix", tmp_path / "file", "--log", tmp_path / "log")
+    assert status == 1
+    assert errors == f"Error: '{tmp_path}/file' is no socket, but -rw-r--r--: File exists\n"
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_activated_by_a_service_manager_and_telling_it(tmp_path):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as given,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+    ):
+        manager.bind(str(tmp_path / "manager"))
+        manager.settimeout(20)
+        prefix = (sys.executable, "-c", ACTIVATE, str(given.fileno()))
+        told = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "manager")}
+        with Served(
+            tmp_path / "log", "--activated", prefix=prefix, pass_fds=[given.fileno()], env=told
+        ) as server:
+            assert server.addresses == [given.getsockname()]
+            assert manager.recv(100) == b"READY=1"
+            with server.connect() as client:
+                assert exchange(client, b"x") == b"x"
+            server.process.send_signal(signal.SIGHUP)
+            assert manager.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+            assert manager.recv(100) == b"READY=1"
+            assert server.stop()[0] == 0
+            assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_activated_without_a_service_manager_is_one_line(tmp_path):
+    assert run("serve", "--activated", "--log", tmp_path / "log") == (
+        1,
+        "",
+        "Error: --activated: there are no sockets of a service manager (LISTEN_FDS)\n",
+    )
+
+
+# --- what it tells ---------------------------------------------------------------------------------
+
+
+def test_events_as_lines_with_the_time(tmp_path):
+    with Served(tmp_path / "log", "--verbose") as server:
+        with server.connect() as client:
+            name = "{}:{}".format(*client.getsockname())
+        code, printed = server.stop()
+    assert code == 0
+    assert re.search(rf"^\d\d:\d\d:\d\d\.\d\d\d connection 1 from {name}$", printed, re.M)
+    assert re.search(rf"^\d\d:\d\d:\d\d\.\d\d\d connection 1 from {name} ended: done$", printed, re.M)
+
+
+def test_a_failing_service_s_traceback_is_part_of_its_json_line(tmp_path):
+    (tmp_path / "upper.py").write_text(UPPER)
+    with Served(tmp_path / "log", "--json", "--service", "upper:Upper", cwd=tmp_path) as server:
+        with server.connect() as client:
+            assert exchange(client, b"bad") == b""
+        assert server.stop()[0] == 0
+        (failure,) = [fields for event, fields in server.events() if event == "message"]
+    assert failure["level"] == "error"
+    assert "RuntimeError: no such luck" in failure["traceback"]
+
+
+def test_without_either_it_prints_only_the_figures(tmp_path):
+    with Served(tmp_path / "log") as server:
+        with server.connect() as client:
+            assert exchange(client, b"x") == b"x"
+        assert server.stop()[0] == 0
+        assert server.errors().startswith("served ")
+
+
+# --- at a terminal ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def at_a_terminal(path, *options, columns=80, **popen):
+    """A server with a terminal of its own: what it is, and the other end of the terminal."""
+    ours, theirs = os.openpty()
+    with open(ours, "r+b", buffering=0) as terminal:
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 30, columns, 0, 0))
+
+        def take_it():
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+        popen |= {"stdin": theirs, "stderr": theirs, "pass_fds": [theirs]}
+        with Served(path, *options, preexec_fn=take_it, **popen) as server:
+            os.close(theirs)
+            yield server, terminal
+
+
+def shown(terminal, text, timeout=20):
+    """All that is shown until *text* is there."""
+    seen, end = b"", time.monotonic() + timeout
+    while text not in seen:
+        assert select.select([terminal], [], [], max(0, end - time.monotonic()))[0], seen
+        seen += terminal.read(65536)
+    return seen.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_live_figures(tmp_path, columns):
+    with at_a_terminal(tmp_path / "log", "--live", "--verbose", columns=columns) as (server, terminal):
+        with server.connect() as client:
+            assert exchange(client, b"hello") == b"hello"
+            text = shown(terminal, b"0 replaced")
+            assert "connection 1 from 127.0.0.1:" in text
+            assert re.search(r"connections .* 1 .* 1 ", text)
+            assert f"process {server.pid}" in text
+        server.process.send_signal(signal.SIGTERM)
+        assert "1 (1 done)" in shown(terminal, b"logger restarts")
+        assert server.process.wait(20) == 0
+
+
+def test_live_figures_need_a_terminal(tmp_path):
+    status, _, errors = run("serve", "--live", "--log", tmp_path / "log")
+    assert status == 2
+    assert "--live needs standard error to be a terminal" in errors
+
+
+def test_the_keyboard_ends_it(tmp_path):
+    with at_a_terminal(tmp_path / "log", "--model", "epoll") as (server, terminal):
+        terminal.write(b"quit\n")
+        assert server.process.wait(20) == 0
+
+
+def test_no_keyboard(tmp_path):
+    with at_a_terminal(tmp_path / "log", "--model", "epoll", "--no-keyboard") as (server, terminal):
+        terminal.write(b"quit\n")
+        with server.connect() as client:
+            assert exchange(client, b"x") == b"x"
+        assert server.stop()[0] == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--verbose", "--live"), ("--model", "epoll")])
+def test_a_terminal_that_closes_ends_it(tmp_path, options):
+    with at_a_terminal(tmp_path / "log", *options) as (server, terminal), server.connect() as client:
+        assert exchange(client, b"x") == b"x"
+        terminal.close()
+        assert client.recv(1) == b""
+        assert server.process.wait(20) == 0
+    assert (tmp_path / "log").read_bytes() == b"x"
+
+
+def test_unless_it_is_told_to_go_on(tmp_path):
+    nohup = (
+        sys.executable,
+        "-c",
+        "import os, signal, sys; signal.signal(1, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])",
+    )
+    with at_a_terminal(tmp_path / "log", "--json", prefix=nohup) as (server, terminal):
+        terminal.close()
+        for _ in range(2):
+            with server.connect() as client:
+                assert exchange(client, b"x") == b"x"
+        assert server.stop()[0] == 0
+
+
+# --- demo ------------------------------------------------------------------------------------------
 
 
 def test_the_demo_verifies_its_log_and_keeps_what_was_there(tmp_path):

@@ -151,7 +151,7 @@ def _keyword(option: str) -> str:
 @click.option(
     "--keyboard/--no-keyboard",
     default=None,
-    help="select, poll, epoll: read standard input too; the line quit ends the server. "
+    help="iterative, select, poll, epoll: read standard input too; the line quit ends the server. "
     "[default: if it is a terminal]",
 )
 @click.option(
@@ -220,7 +220,7 @@ def _check(model: str, options: "dict[str, Any]", keyboard: bool | None, live: b
     given = {name: value for name, value in options.items() if value is not None}
     known = server_class(model).options()
     if keyboard is None and "keyboard" in known:
-        keyboard = not live and _has_keyboard()
+        keyboard = not live and os.isatty(0)
     if keyboard is not None:
         given["keyboard"] = 0 if keyboard else None
     for name in given:
@@ -229,14 +229,6 @@ def _check(model: str, options: "dict[str, Any]", keyboard: bool | None, live: b
             option = "--" + name.replace("_", "-")
             raise click.UsageError(f"{option} is no option of the model {model}, only of {having or 'none'}")
     return given
-
-
-def _has_keyboard() -> bool:
-    """Whether standard input is a terminal that is ours: in the background a read would stop us."""
-    try:
-        return os.tcgetpgrp(0) == os.getpgrp()
-    except OSError:
-        return False
 
 
 def _listeners(

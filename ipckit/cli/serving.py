@@ -4,12 +4,14 @@
 rich is imported only where it draws: what a server has loaded makes its forks dearer.
 """
 
+import contextlib
 import json
 import logging
 import os
+import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ipckit.servers import Server, ServerStats
 from ipckit.servers.server import event
@@ -55,6 +57,12 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+def _print_events_to(stream: TextIO) -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(stream)
+
+
 # --- while it runs -------------------------------------------------------------------------------
 
 
@@ -76,24 +84,28 @@ class LiveView:
 
     def __enter__(self) -> "LiveView":
         self._live.start()
+        _print_events_to(sys.stderr)  # now one that writes above the figures
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):
+            self._live.stop()
+        _print_events_to(sys.stderr)
 
     def _refresh(self) -> None:
         (before, old), (now, new) = self._last, (time.monotonic(), self._server.stats())
         self._last = (now, new)
-        self._live.update(_figures(old, new, now - before, now - self._began), refresh=True)
+        with contextlib.suppress(OSError):  # EIO: the terminal has been closed; a signal says so too
+            self._live.update(_figures(old, new, now - before, now - self._began), refresh=True)
 
 
 def _figures(old: ServerStats, new: ServerStats, seconds: float, age: float) -> "Table":
     from rich.table import Table
 
     title = f"{new.model}, process {os.getpid()}, {age:,.0f} s"
-    table = Table("", "now", "per second", "in all", title=title, title_justify="left", min_width=60)
+    table = Table("", "now", "per second", "in all", title=title, title_justify="left")
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.min_width = "right", 14  # wide enough not to jump
 
     def rate(what: str) -> str:
         return f"{(getattr(new, what) - getattr(old, what)) / seconds:,.0f}"
@@ -117,7 +129,8 @@ def show(stats: ServerStats, *, as_json: bool) -> None:
     if as_json:
         event("served", "served %d connections", stats.connections, **asdict(stats))
     else:
-        _show_table(stats)
+        with contextlib.suppress(OSError):  # EIO: the terminal has been closed
+            _show_table(stats)
 
 
 def _show_table(stats: ServerStats) -> None:

@@ -5,9 +5,12 @@
 signal      what the server does
 ==========  =====================================================================================
 SIGTERM     accepts no more, answers what has come already, ends; SIGINT too
-SIGHUP      opens the log's path again, after a rotation (``MessageLog.reopen()``)
+SIGHUP      opens the log's path again, after a rotation (``MessageLog.reopen()``); that of a
+            terminal that closes ends the server, unless it is ignored (nohup)
 SIGUSR1     prints its statistics
 ==========  =====================================================================================
+
+A service manager is told when the server is ready, opens its log again, and stops (``notify()``).
 
 A piece is in the log before its answer is sent. Out of descriptors, memory or processes the server
 leaves the backlog alone for a moment, says so once a second, and serves those it has. A client that is
@@ -30,10 +33,10 @@ from typing import Any, ClassVar, TypeVar
 from ipckit._native import ffi, lib
 from ipckit.messagelog import LogStats, MessageLog
 from ipckit.servers.connection import ENDS, Connection, Terms
-from ipckit.servers.listening import endpoint
+from ipckit.servers.listening import endpoint, notify
 from ipckit.servers.loop import READ, Loop
 from ipckit.servers.service import EchoService, Service
-from ipckit.signals import SignalQueue
+from ipckit.signals import SigInfo, SignalQueue
 
 __all__ = ["Server", "ServerStats"]
 
@@ -45,6 +48,7 @@ _TRY_NEXT = {
 # Out of descriptors, memory or processes: it passes when some connection ends.
 _SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
 _PAUSE = 0.1
+_SI_KERNEL = 0x80  # sigaction(2): the kernel sent it
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 _log = logging.getLogger("ipckit.servers")
@@ -75,7 +79,7 @@ class ServerStats:
 
 
 class Server:
-    """The base of all models: a subclass says in ``_serve()`` what it does with a connection.
+    """The base of all models: a subclass says in ``_arrived()`` what it does with a connection.
 
     Args: listeners: a listening stream socket, or several; made non-blocking, closed at the stop.
         log: the message log, or None; stays open.
@@ -183,9 +187,11 @@ class Server:
             try:
                 self._begin()
                 self._listen()
+                notify("READY=1")
                 while not self._stopping:
                     self.loop.turn()
             finally:
+                notify("STOPPING=1")
                 event("stopping", "stopping: %d connections are open", self._open(), open=self._open())
                 for listener in self.listeners:
                     self.loop.forget(listener)
@@ -208,10 +214,10 @@ class Server:
 
     def _signalled(self, signals: SignalQueue) -> None:
         for info in signals.recv_many(timeout=0):
-            if info.signo == signal.SIGHUP:
-                self._reopen()
-            elif info.signo == signal.SIGUSR1:
+            if info.signo == signal.SIGUSR1:
                 self._tell()
+            elif info.signo == signal.SIGHUP and not _lost_terminal(info):
+                self._reopen()
             else:
                 self.stop()
 
@@ -232,12 +238,14 @@ class Server:
     def _reopen(self) -> None:
         if self._log is None:
             return
+        notify("RELOADING=1")
         try:
             self._change_log(lambda log: log.reopen())
         except OSError as error:
             event("log kept", "the log can't be reopened: %s", str(error), level=logging.ERROR)
         else:
             event("log reopened", "the log %s is open again", self._log.path)
+        notify("READY=1")
 
     def _change_log(self, change: Callable[[MessageLog], _T]) -> _T:
         """The logger's descriptor is another one after this."""
@@ -321,6 +329,14 @@ class Server:
             replaced=self._replaced,
             log=self._log.stats() if self._log else None,
         )
+
+
+def _lost_terminal(info: SigInfo) -> bool:
+    """Whether this SIGHUP is the kernel's, about a terminal that was closed, and not somebody's kill -HUP.
+
+    An ignored signal that is blocked comes all the same, so nohup has to be looked for.
+    """
+    return info.code == _SI_KERNEL and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 def event(name: str, text: str, *args: object, level: int = logging.INFO, **fields: object) -> None:
