@@ -70,8 +70,6 @@ static inline int listen_on(int port) {
 static inline void log_messages(int from, int to) {
     char block[PIPE_SIZE];
     ssize_t n;
-    handle(SIGTERM, SIG_IGN, 0);
-    handle(SIGINT, SIG_IGN, 0);
     while ((n = read(from, block, sizeof block)) > 0)
         if (write_all(to, block, (size_t)n) < 0)
             break;
@@ -82,12 +80,19 @@ static inline void log_messages(int from, int to) {
     _exit(0);
 }
 
+/* What stops the server is blocked in the logger from birth: it may not have run yet when Ctrl-C
+ * comes, and has to outlive the server. */
 static inline int start_logger(const char *path) {
+    sigset_t stops, before;
     int ends[2], file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
     if (file < 0)
         fail(path);
     if (pipe2(ends, O_CLOEXEC) < 0)
         fail("pipe");
+    sigemptyset(&stops);
+    sigaddset(&stops, SIGTERM);
+    sigaddset(&stops, SIGINT);
+    sigprocmask(SIG_BLOCK, &stops, &before);
     pid_t pid = fork();
     if (pid < 0)
         fail("fork");
@@ -95,6 +100,7 @@ static inline int start_logger(const char *path) {
         close(ends[1]);
         log_messages(ends[0], file);
     }
+    sigprocmask(SIG_SETMASK, &before, NULL);
     close(ends[0]);
     close(file);
     return ends[1];
