@@ -158,7 +158,7 @@ def arguments() -> argparse.Namespace:
     if chosen.growth and chosen.picture:
         parser.error("--growth has no --picture")
     if chosen.quick:
-        chosen.rounds, chosen.seconds = 1, 0.2
+        chosen.rounds, chosen.seconds = 1, 0.5 if chosen.growth else 0.2
     return chosen
 
 

@@ -8,6 +8,7 @@ part of a socket, when it holds silent connections, each of which had one byte e
 """
 
 import csv
+import math
 import os
 import re
 import statistics
@@ -60,10 +61,15 @@ def measure(server: Server, held: int, number: int, seconds: float) -> Held:
             report = no_errors(load.report(), f"{held} held")
     if not report.count:
         raise Failed(f"no echo with {held} held in {seconds:g} s")
-    (echoed_from, cpu_from), (echoed_to, cpu_to) = samples[0], samples[-1]
-    cpu = (cpu_to - cpu_from) / max(1, echoed_to - echoed_from)
     latency = report.latency_us
-    return Held(held, number, 1e6 / report.rate, cpu * 1e6, latency["p50"], latency["p99"])
+    return Held(held, number, 1e6 / report.rate, us_each(samples), latency["p50"], latency["p99"])
+
+
+def us_each(samples: Sequence[tuple[int, float]]) -> float:
+    """Microseconds of processor time for an echo, between the first and the last look."""
+    if not samples or samples[0][0] == samples[-1][0]:  # this process itself got no processor
+        return math.nan
+    return (samples[-1][1] - samples[0][1]) / (samples[-1][0] - samples[0][0]) * 1e6
 
 
 def bytes_of_a_silent_one(server: Server, held: int) -> float:
