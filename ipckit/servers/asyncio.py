@@ -118,7 +118,9 @@ class _Client(Connection, asyncio.BufferedProtocol):
         self._transport = transport
         transport.set_write_buffer_limits(0)  # pause_writing() as soon as anything is unsent
         if self.service is not None:
-            self._server.loop.after(0, self._greet)  # when it reads already, and can be paused
+            self._go_on(self.start())
+            if self._full:  # CPython 3.10 and uvloop begin to read after this all the same
+                self._server.loop.after(0, self._pause_again)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._view
@@ -159,9 +161,10 @@ class _Client(Connection, asyncio.BufferedProtocol):
 
     # --- what we do
 
-    def _greet(self) -> None:
-        if self.fileno() >= 0:
-            self._go_on(self.start())
+    def _pause_again(self) -> None:
+        if self._full and self.fileno() >= 0:
+            self._transport.resume_reading()
+            self._transport.pause_reading()
 
     def _take(self, piece: bytes) -> bool:
         """Log a piece and answer it; False if the log can't take it now."""

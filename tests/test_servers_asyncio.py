@@ -1,0 +1,357 @@
+"""What is special to the asyncio model, on asyncio's own loop and on uvloop; the rest is in test_servers.py."""
+
+import asyncio
+import contextlib
+import importlib.util
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import eventually
+from serving import exchange, half_close_and_drain, recv_exact, streams
+
+from ipckit.messagelog import MessageLog
+from ipckit.servers import EchoService, Service, listen, server
+from ipckit.servers.asyncio import AsyncioLoop
+from ipckit.servers.loop import READ, WRITE
+from ipckit.signals import blocked
+
+
+class Echo(Service):
+    def received(self, piece):
+        return piece
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_uvloop_keeps():
+    """A pipe for signals that the first of its loops in a process makes; children have it then."""
+    if importlib.util.find_spec("uvloop") is not None:
+        new_loop(True).close()
+
+
+@pytest.fixture(params=["own", "uvloop"])
+def uvloop(request):
+    if request.param == "uvloop" and importlib.util.find_spec("uvloop") is None:
+        pytest.skip("uvloop is not installed")
+    return request.param == "uvloop"
+
+
+@pytest.fixture(params=[EchoService, Echo], ids=["echo", "service"])
+def service(request):
+    return request.param
+
+
+@pytest.fixture
+def serving(tmp_path, forked, uvloop):
+    """Starts an asyncio server in a child of its own, which checks how its connections ended."""
+
+    def start(
+        service, expected_ends, *, durability="none", before=lambda log: None, stop_timeout=10.0, **options
+    ):
+        listener = listen()
+
+        def child(ready):
+            logging.basicConfig(stream=sys.stderr, force=True)
+            with (
+                blocked([signal.SIGTERM, signal.SIGUSR1]),
+                MessageLog(tmp_path / "log", format="record", durability=durability) as log,
+            ):
+                descriptors = len(os.listdir("/proc/self/fd")) - 1  # the listener is closed at the stop
+                running = server("asyncio", listener, log, service=service, uvloop=uvloop, **options)
+                before(log)
+                running.loop.after(0, ready)
+                running.serve(stop_timeout=stop_timeout)
+                stats = running.stats()
+                assert stats.ends == expected_ends, stats
+                assert stats.open == 0
+                assert len(os.listdir("/proc/self/fd")) == descriptors
+                os.kill(log.logger.pid, signal.SIGCONT)
+
+        running = forked(child)
+        address = listener.getsockname()
+        listener.close()
+        running.wait_ready()
+        return address, running
+
+    return start
+
+
+def new_loop(uvloop):
+    if not uvloop:
+        return asyncio.new_event_loop()
+    from uvloop import new_event_loop
+
+    return new_event_loop()
+
+
+def connect(address):
+    return socket.create_connection(address, timeout=20)
+
+
+def stop(running):
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait() == 0
+
+
+def stop_the_logger(log):
+    os.kill(log.logger.pid, signal.SIGSTOP)
+
+
+def logger_of(pid):
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def flood(client):
+    """Send without reading until the server takes no more for a moment; how much it took."""
+    client.settimeout(0.3)
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while True:
+            sent += client.send(bytes(1 << 16))
+    client.settimeout(20)
+    return sent
+
+
+def fill_log(client):
+    """Send and read until no more comes back for a moment; how much is still to come."""
+    client.settimeout(1.0)
+    due = 0
+    with contextlib.suppress(TimeoutError):
+        while True:
+            due += client.send(bytes(4096))
+            due -= len(client.recv(1 << 16))
+    client.settimeout(20)
+    return due
+
+
+def test_a_large_stream_comes_back_whole_in_pieces(serving, service, tmp_path):
+    address, running = serving(service, {"done": 1})
+    data = os.urandom(1 << 20)
+    with connect(address) as client:
+        got, sent = bytearray(), 0
+        client.setblocking(False)
+        while len(got) < len(data):
+            readable, writable, _ = select.select([client], [client] if sent < len(data) else [], [], 20)
+            assert readable or writable
+            if writable:
+                sent += client.send(data[sent:])
+                if sent == len(data):
+                    client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(BlockingIOError):
+                got += client.recv(65536)
+        assert got == data
+        client.setblocking(True)
+        assert client.recv(1) == b""
+    stop(running)
+    assert streams(tmp_path / "log") == {1: data}
+    assert max(map(len, (tmp_path / "log").read_bytes().splitlines(keepends=True))) <= select.PIPE_BUF
+
+
+def test_who_reads_nothing_is_read_no_more_and_nobody_else_waits(serving, service):
+    address, running = serving(service, {"done": 1, "not read": 1}, idle_timeout=1.5)
+    with connect(address) as unreading, connect(address) as other:
+        assert flood(unreading) < 64 << 20
+        assert exchange(other, b"me") == b"me"
+        assert resident(running.pid) < 200 << 20
+        eventually(lambda: exchange(other, b"again") == b"again" and gone(unreading))
+    stop(running)
+
+
+def resident(pid):
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def gone(client):
+    """Reset by the server: what was sent has not been read."""
+    try:
+        client.setblocking(False)
+        client.send(b"x")
+    except BlockingIOError:
+        return False
+    except (ConnectionResetError, BrokenPipeError):
+        return True
+    return False
+
+
+class Long(Service):
+    def received(self, piece):
+        return bytes(32 << 20)
+
+
+def test_who_reads_slowly_is_not_idle(serving):
+    address, running = serving(Long, {"done": 1}, idle_timeout=0.8, max_output=32 << 20)
+    with connect(address) as slow:
+        slow.sendall(b"x")
+        for _ in range(24):  # three times the idle time
+            assert len(recv_exact(slow, 1 << 20)) == 1 << 20
+            time.sleep(0.1)
+        slow.shutdown(socket.SHUT_WR)
+        assert len(recv_exact(slow, 1 << 30)) == 8 << 20
+    stop(running)
+
+
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_a_log_that_stands_still_stops_only_those_that_wait_for_it(
+    serving, service, tmp_path, capfd, durability
+):
+    address, running = serving(service, {"done": 4}, durability=durability, before=stop_the_logger)
+    with connect(address) as one, connect(address) as two, connect(address) as late:
+        two.sendall(b"x" * 1000)
+        due = fill_log(one)
+        late.sendall(b"l" * 2880)
+        os.kill(running.pid, signal.SIGUSR1)
+        eventually(lambda: "statistics" in capfd.readouterr().err)
+        with connect(address) as quiet:  # accepted, and its end is seen
+            assert half_close_and_drain(quiet) == b""
+        assert select.select([late], [], [], 0.1)[0] == []
+        os.kill(logger_of(running.pid), signal.SIGCONT)
+        assert len(recv_exact(one, due)) == due
+        assert recv_exact(late, 2880) == b"l" * 2880
+        assert recv_exact(two, 1000) == b"x" * 1000
+    stop(running)
+    assert sorted(map(len, streams(tmp_path / "log").values()))[:2] == [1000, 2880]
+
+
+def test_what_waits_for_the_log_is_cut_at_the_stop(serving, service):
+    address, running = serving(service, {"cut": 2}, stop_timeout=0.2, before=stop_the_logger)
+    with connect(address) as one, connect(address) as two:
+        fill_log(one)
+        two.sendall(bytes(4096))
+        assert select.select([two], [], [], 0.3)[0] == []
+        stop(running)
+
+
+def test_a_killed_logger_is_replaced(serving, service, tmp_path):
+    address, running = serving(service, {"done": 1}, durability="written")
+    with connect(address) as client:
+        for number in range(50):
+            logger = logger_of(running.pid)
+            os.kill(logger, signal.SIGKILL)
+            assert exchange(client, b"%d\n" % number) == b"%d\n" % number
+    stop(running)
+    assert streams(tmp_path / "log") == {1: b"".join(b"%d\n" % number for number in range(50))}
+
+
+def test_out_of_descriptors_it_waits_quietly(serving, service, capfd):
+    address, running = serving(service, {"done": 11})
+    with connect(address) as held:
+        assert exchange(held, b"held") == b"held"
+        most = len(os.listdir(f"/proc/{running.pid}/fd"))
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (most, 4096))
+        waiting = [connect(address) for _ in range(10)]
+        for client in waiting:
+            client.sendall(b"w")
+        time.sleep(1.0)  # long enough for asyncio's own way to show
+        assert exchange(held, b"still") == b"still"
+        resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (4096, 4096))
+        for client in waiting:
+            assert recv_exact(client, 1) == b"w"
+            client.close()
+    stop(running)
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    assert 1 <= printed.count("accept: Too many open files; new connections wait") <= 4
+
+
+def test_resets_and_limits(serving, service):
+    address, running = serving(service, {"reset": 20, "done": 3}, max_connections=2)
+    for _ in range(20):
+        client = connect(address)
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    first, second, third = (connect(address) for _ in range(3))
+    assert exchange(first, b"1") == b"1"
+    assert exchange(second, b"2") == b"2"
+    third.sendall(b"3")
+    assert select.select([third], [], [], 0.3)[0] == []
+    first.close()
+    assert recv_exact(third, 1) == b"3"
+    second.close()
+    third.close()
+    stop(running)
+
+
+class Greets(Service):
+    def started(self):
+        return bytes(8 << 20)
+
+    def finished(self):
+        return b"bye"
+
+
+def test_a_long_greeting_and_a_farewell(serving):
+    address, running = serving(Greets, {"done": 1}, max_output=8 << 20)
+    with connect(address) as client:
+        client.shutdown(socket.SHUT_WR)
+        got = recv_exact(client, 1 << 30)
+        assert (len(got), got[-3:]) == ((8 << 20) + 3, b"bye")
+    stop(running)
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loop(uvloop):
+    made = AsyncioLoop(new_loop(uvloop))
+    yield made
+    made.close()
+
+
+def test_the_loop_watches_and_forgets(loop):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        calls = []
+        loop.watch(ours, READ | WRITE, calls.append)
+        loop.turn(time.monotonic() + 0.05)
+        assert set(calls) == {WRITE}
+        loop.forget(ours)
+        assert not loop.watches(ours)
+        loop.watch(ours, READ, lambda events: (calls.append(ours.recv(9)), loop.wake()))
+        theirs.sendall(b"x")
+        loop.turn()
+        assert calls[-1] == b"x"
+        loop.forget(ours)
+        loop.forget(ours)
+
+
+def test_the_loops_moments(loop):
+    calls = []
+    loop.every(0.01, lambda: calls.append("again"))
+    loop.after(0.1, lambda: (calls.append("once"), loop.wake()))
+    began = time.monotonic()
+    loop.turn()
+    assert time.monotonic() - began >= 0.09  # uvloop counts whole milliseconds of its own
+    assert calls.count("once") == 1
+    assert calls.count("again") > 1
+    loop.turn(time.monotonic())
+
+
+def test_an_error_of_a_handler_comes_out_of_turn(loop):
+    def fails():
+        raise OSError(5, "no use")
+
+    loop.after(0, fails)
+    with pytest.raises(OSError, match="no use"):
+        loop.turn()
+    loop.turn(time.monotonic())
+
+
+def test_uvloop_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    with listen() as listener:
+        with pytest.raises(ImportError):
+            server("asyncio", listener, uvloop=True)
+        server("asyncio", listener).loop.close()
