@@ -325,7 +325,8 @@ static int write_some(ik_log *log, ik_append *append) {
 }
 
 /* A logger that is about to change the file needs the lock once. Those who ask for it all the time
- * would let it wait for long, because the kernel wakes in turn and the logger can't stay in line. */
+ * would let it wait for long, because the kernel wakes in turn and the logger can't stay in line.
+ */
 static void let_logger_go_first(const ik_log *log) {
     const struct timespec moment = {0, MOMENT_NS};
     if (low(atomic_load_explicit(&log->shared->turn, memory_order_relaxed)))
@@ -664,7 +665,6 @@ static int64_t move(ik_log *log, size_t most) {
     if (n >= 0 || n == -EAGAIN || n == -EINTR)
         return n;
     pause_for(log, (int)-n, IK_FOREVER);
-    look_for_offer(log); /* of a file on a disk that is not full */
     return n;
 }
 
@@ -681,7 +681,8 @@ static void acknowledge(ik_log *log) {
         n = move(log, (size_t)queued);
         if (n == 0)
             break;
-        if (n < 0) { /* what is left may have been moved before a switch */
+        if (n < 0) {
+            look_for_offer(log); /* of a file on a disk that is not full; may move some */
             int64_t left = ik_log_backlog(log);
             n = left < queued ? queued - left : 0;
         }

@@ -716,13 +716,14 @@ def test_reopen_refuses_what_open_refuses_and_keeps_the_file(tmp_path):
     assert content(path) == b"new\n"
 
 
-def test_a_full_disk_does_not_hold_rotation_up(tmp_path):
+@pytest.mark.parametrize("durability", ["none", "written", "synced"])
+def test_a_full_disk_does_not_hold_rotation_up(tmp_path, durability):
     """RLIMIT_FSIZE stands for it: each file has room for 1,000 bytes."""
     path = tmp_path / "log"
-    log = MessageLog(path, format="record")
+    log = MessageLog(path, format="record", durability=durability)
     resource.prlimit(log.logger.pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    for number in range(40):
-        log.append(b"%d" % number, peer="x" * 40)
+    appends = [log.begin(b"%d" % number, peer="x" * 40) for number in range(40)]
+    still_waiting(appends)
     eventually(lambda: log.stats().error == errno.EFBIG)
     rotate = Rotation(log)
     rotate(timeout=0.4)
@@ -730,6 +731,7 @@ def test_a_full_disk_does_not_hold_rotation_up(tmp_path):
     eventually(lambda: os.path.getsize(path) == 1000)
     infinite = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(log.logger.pid, resource.RLIMIT_FSIZE, infinite)
+    loop_until_done(log, appends)
     log.close()
     whole = tmp_path / "whole"
     whole.write_bytes(content(rotate.files[0]) + content(path))
@@ -867,6 +869,33 @@ def test_a_new_file_is_synced_again_after_a_failed_fdatasync(tmp_path):
     )
     assert (done.stdout.split(), done.stderr) == (["5", "5", "5", "0", "5"], "")
     assert (content(f"{path}.1"), content(path)) == (b"1234", b"56")
+
+
+def test_the_old_file_is_synced_before_the_new_one_is_used(tmp_path):
+    """Of the three fdatasyncs the second is the old file's: whoever has not asked yet counts on it."""
+    strace = shutil.which("strace")
+    if not strace:
+        pytest.skip("strace shows them")
+    script = (
+        "import os, sys\n"
+        "from ipckit.messagelog import MessageLog\n"
+        "log = MessageLog(sys.argv[1], durability='synced')\n"
+        "log.append(b'1')\n"
+        "os.rename(sys.argv[1], sys.argv[1] + '.1')\n"
+        "assert log.reopen(timeout=20)\n"
+        "log.append(b'2')\n"
+        "log.logger.kill()\n"
+        "log.logger.wait()\n"
+        "os._exit(0)\n"
+    )
+    path, trace = tmp_path / "log", tmp_path / "trace"
+    command = [strace, "-f", "-qq", "-y", "-o", trace, "-e", "trace=fdatasync,fsync"]
+    subprocess.run([*command, sys.executable, "-c", script, str(path)], check=True, timeout=50)
+    calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines() if "sync(" in line]
+    synced = [(call.split("(")[0], call.split("<")[1].split(">")[0]) for call in calls]
+    folder = ("fsync", str(tmp_path))
+    old, new = ("fdatasync", f"{path}.1"), ("fdatasync", str(path))
+    assert synced == [folder, ("fdatasync", str(path)), folder, old, new]
 
 
 def test_signals_to_the_group_neither_end_nor_rotate(tmp_path):
