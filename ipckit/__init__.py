@@ -22,8 +22,9 @@ The rooms, lowest first; each imports only from those before it:
     posix       POSIX message queues, semaphores and shared memory, by name
     inventory   what has a name on this machine, who uses it, what is orphaned
     messagelog  many writers, one pipe, a logger child, a file
-    servers     the echo server (a process per connection) and the split client
-    cli         ipckit serve, client, demo, ls, rm, gc, doctor
+    load        load on an echo server: latencies, and every byte checked
+    servers     servers in every classical model, services of your own, the split client
+    cli         ipckit serve, client, demo, load, ls, rm, gc, doctor
 """
 
 from ipckit import posix as posix

@@ -5,6 +5,7 @@ import ipckit
 
 # Too general a name at the top, or of use to those only who know the room: found in the room.
 IN_THE_ROOM = {
+    "messagelog": {"Append"},
     "memory": {
         "Mapping",
         "Views",
@@ -24,7 +25,7 @@ IN_THE_ROOM = {
     "ring": {"Ends", "memory_size"},
     "errors": {"check"},
 }
-BY_MODULE = {"endpoints", "inventory", "limits", "registry", "sockets", "wait"}
+BY_MODULE = {"endpoints", "inventory", "limits", "load", "registry", "sockets", "wait"}
 
 
 def rooms():
