@@ -47,11 +47,11 @@ int ik_prefork_busy(const ik_prefork_board *board) {
     return busy;
 }
 
-/* Once until the supervisor has looked. Killed before the write, this worker is missed all the
- * same: its death makes the supervisor look. */
-static void ring(ik_prefork_worker *w) {
+/* Once until the supervisor has looked at flag. Killed before the write, this worker is missed all
+ * the same: its death makes the supervisor look. */
+static void ring(ik_prefork_worker *w, int *flag, int value) {
     const uint64_t once = 1;
-    if (__atomic_exchange_n(&w->board->rung, 1, __ATOMIC_SEQ_CST) == 0)
+    if (__atomic_exchange_n(flag, value, __ATOMIC_SEQ_CST) == 0)
         (void)!write(w->bell, &once, sizeof once);
 }
 
@@ -128,8 +128,7 @@ static int accept_next(ik_prefork_worker *w) {
  */
 static void rest(ik_prefork_worker *w, int error) {
     const struct timespec moment = {0, REST_MS * 1000000};
-    __atomic_store_n(&w->board->shortage, error, __ATOMIC_RELAXED);
-    ring(w);
+    ring(w, &w->board->shortage, error);
     ppoll(NULL, 0, &moment, &waiting);
 }
 
@@ -145,7 +144,7 @@ static int is_useless(int error) {
 static void begin_client(ik_prefork_worker *w) {
     set_state(w, IK_PREFORK_BUSY);
     if (count_idle(w->board, w->board->least_idle) < w->board->least_idle)
-        ring(w);
+        ring(w, &w->board->rung, 1);
     tell(w, IK_END_OPEN);
     sigprocmask(SIG_SETMASK, &serving, NULL);
 }

@@ -53,7 +53,7 @@ class PreforkServer(Server):
             that not all end together; 0: never. The others: see Server.
 
     A worker that dies is replaced at once if it lived for a second or somebody was served since the last
-    one died, else after 10 ms, 20 ms, ... 10 s; ten such deaths in a row end serve() by a RuntimeError.
+    one died, else after 10 ms, 20 ms, ... 10 s; serve() ends with RuntimeError at the tenth time in a row.
     """
 
     model: ClassVar[str] = "prefork"
@@ -87,7 +87,7 @@ class PreforkServer(Server):
         self._backoff = Backoff()
         self._reaper = Reaper()
         self._pool: dict[Child, _Worker] = {}
-        self._newest = 0.0  # when the youngest of them was born
+        self._newest: _Worker | None = None
         self._owed = 0  # workers that died and are not replaced yet
         self._shrinking = False
         self._bell: BinaryIO | None = None
@@ -146,8 +146,8 @@ class PreforkServer(Server):
     def _may_fork(self) -> bool:
         if self._stopping or self._paused or len(self._pool) >= self._max_connections:
             return False
-        if self._backoff.crashes:
-            self._backoff.forgives(self._served(), self._newest)
+        if self._backoff.crashes and self._newest:
+            self._backoff.forgives(self._served(), self._newest.born)
         return not self._backoff.holds()
 
     def _start_worker(self) -> Child:
@@ -159,8 +159,7 @@ class PreforkServer(Server):
         except BaseException:
             self._board.free(index)
             raise
-        self._newest = time.monotonic()
-        self._pool[child] = _Worker(child, index, self._newest)
+        self._pool[child] = self._newest = _Worker(child, index, time.monotonic())
         self._owed = max(0, self._owed - 1)
         if self._backoff.crashes:  # the next one when this one has proved of use, or has had its time
             self.loop.after(self._backoff.hold(), self._listen)
@@ -208,28 +207,33 @@ class PreforkServer(Server):
                 self._ended(*client, ENDS[end])
 
     def _reap(self, _: int = 0) -> None:
-        for child, status in self._reaper.reap():
-            self._bury(self._pool.pop(child), status)
+        dead = [self._bury(self._pool.pop(child), status) for child, status in self._reaper.reap()]
+        self._replace([worker for worker in dead if worker])
         if self._paused:  # now there is one of what was short
             self._go_on()
         else:
             self._listen()
 
-    def _bury(self, worker: _Worker, status: ExitStatus) -> None:
+    def _bury(self, worker: _Worker, status: ExitStatus) -> _Worker | None:
+        """The one to replace, if it did not end in order."""
         client = self._board.client(worker.index)
         if client:
             self._killed += 1
             self._tell_events()  # that it began
             self._ended(*client, "killed")
         self._board.free(worker.index)
-        if status.code != 0 and not self._stopping:
-            self._replace(worker, status)
-
-    def _replace(self, worker: _Worker, status: ExitStatus) -> None:
-        self._replaced += 1
-        self._owed += 1
+        if worker is self._newest:
+            self._newest = None
+        if status.code == 0 or self._stopping:
+            return None
         event("worker died", "worker %d %s", worker.child.pid, status, level=logging.WARNING)
-        self._backoff.died(self._served(), worker.born)
+        return worker
+
+    def _replace(self, dead: "list[_Worker]") -> None:
+        self._replaced += len(dead)
+        self._owed += len(dead)
+        if dead:
+            self._backoff.died(self._served(), min(worker.born for worker in dead))
         if self._backoff.crashes:
             self.loop.after(self._backoff.hold(), self._listen)
 

@@ -112,7 +112,7 @@ class Backoff:
         self._until = 0.0
 
     def died(self, served: int, born: float) -> None:
-        """A worker did, that was born then; so many connections have ended in order.
+        """Workers did, the oldest of them born then; so many connections have ended in order.
 
         Raises: RuntimeError when there is no sense in another one.
         """
@@ -120,7 +120,7 @@ class Backoff:
             return
         self.crashes += 1
         if self.crashes >= _MOST_CRASHES:
-            raise RuntimeError(f"{self.crashes} workers in a row died at once, and nobody was served")
+            raise RuntimeError(f"workers died at once {self.crashes} times in a row, and nobody was served")
 
     def forgives(self, served: int, born: float) -> bool:
         """A worker that was born then lives, or did until now: the row ends if that one was of use."""
