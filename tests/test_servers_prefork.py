@@ -32,7 +32,7 @@ class Pool(Served):
     def __init__(self, forked, path, stats, service=EchoService, listeners=None, before=None, **options):
         self.path, self._stats = path, stats
         listeners = listeners or [listen()]
-        self.address = listeners[0].getsockname()
+        self.addresses = [listener.getsockname() for listener in listeners]
         self.running = forked(self._serve, listeners, service, before, options)
         for listener in listeners:
             listener.close()

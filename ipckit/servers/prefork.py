@@ -226,7 +226,8 @@ class PreforkServer(Server):
             self._newest = None
         if status.code == 0 or self._stopping:
             return None
-        event("worker died", "worker %d %s", worker.child.pid, status, level=logging.WARNING)
+        pid, how = worker.child.pid, str(status)
+        event("worker died", "worker %d %s", pid, how, level=logging.WARNING, pid=pid, how=how)
         return worker
 
     def _replace(self, dead: "list[_Worker]") -> None:

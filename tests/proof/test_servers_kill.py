@@ -37,7 +37,7 @@ def test_kill_9_of_children_and_logger(model, tmp_path, forked):
 def kill_a_hundred(model, folder, forked, chance):
     """What was killed, and what came of it; the files of all kills together would fill the disk."""
     log, stop, notes = folder / "log", folder / "stop", [folder / f"notes{n}" for n in range(8)]
-    with Served(log, "--model", model, "--format", "record") as server:
+    with Served(log, "--format", "record", model=model) as server:
         clients = [forked(client_under_fire, server.address, n, notes[n], stop) for n in range(8)]
         for client in clients:
             client.wait_ready()
@@ -75,7 +75,7 @@ def test_sigterm_under_load(model, tmp_path, forked):
     for number in range(STOPS):
         log = tmp_path / f"log{number}"
         notes = [tmp_path / f"notes{number}.{n}" for n in range(4)]
-        with Served(log, "--model", model, "--format", "record", "--stop-timeout", "10") as server:
+        with Served(log, "--format", "record", "--stop-timeout", "10", model=model) as server:
             clients = [forked(client_until_closed, server.address, n, notes[n]) for n in range(4)]
             for client in clients:
                 client.wait_ready()
