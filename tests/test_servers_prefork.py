@@ -317,24 +317,56 @@ def test_the_backoff_doubles_and_is_forgiven():
     assert backoff.crashes == 0, "it lived for a second"
 
 
+def test_kills_leave_no_wrong_count(start_pool, forked):
+    pool = start_pool()
+    clients = [forked(hammer_through, pool.address) for _ in range(3)]
+    for client in clients:
+        client.wait_ready()
+    for _ in range(60):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(random.choice(pool.workers()), signal.SIGKILL)
+        time.sleep(random.random() * 0.02)  # somewhere else in its life
+    for client in clients:
+        client.kill()
+        client.wait()
+    eventually(lambda: 4 <= len(pool.workers()) <= 8)
+    held = hold(pool, 20)
+    eventually(lambda: len(pool.workers()) >= 24)
+    close(held)
+    eventually(lambda: 4 <= len(pool.workers()) <= 8)
+    stats = pool.stop()
+    assert stats["open"] == 0
+    assert stats["replaced"] >= 50
+    assert stats["ends"]["done"] >= 20
+
+
+def hammer_through(ready, address):
+    """As hammer(), and go on when a worker is killed."""
+    while True:
+        hammer(ready, address)
+
+
 def test_kill_9_of_the_supervisor_takes_all_with_it(start_pool):
     for number in range(20):
-        pool = start_pool()
+        pool = start_pool(before=os.setsid)
         clients = hold(pool, 5) if number % 2 else []
         if not clients:  # in the middle of its forks
             time.sleep(random.random() * 0.01)
-        children = pool.children()[0]
         pool.running.kill()
-        wait_gone(children, 1.0)
+        eventually(lambda pid=pool.pid: not of_session(pid), 1.0)
         close(clients)
         pool.running.wait()
-        assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and session_of(pid) == pool.pid]
+
+
+def of_session(number):
+    """The processes of that session, but for zombies."""
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and session_of(pid) == number]
 
 
 def session_of(pid):
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rsplit(")", 1)[1].split()
-        return 0 if fields[0] in "ZX" else int(fields[3])
+        state, _, _, session, *_ = stat.read().rsplit(")", 1)[1].split()
+        return 0 if state in "ZX" else int(session)
     return 0
 
 

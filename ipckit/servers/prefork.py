@@ -32,7 +32,8 @@ from ipckit.servers.server import Server, event, tells_of_connections
 __all__ = ["PreforkServer"]
 
 _WORKER = ffi.addressof(lib, "ik_prefork_run")
-_SHRINK_EVERY = 0.1  # seconds; slowly, because clients come in waves
+_SHRINK_EVERY = 0.1  # seconds
+_CALM = 1.0  # seconds since it last grew; clients come in waves
 
 
 @dataclass(eq=False)
@@ -47,7 +48,8 @@ class PreforkServer(Server):
     """Serve each connection by one of a pool of processes, which wait for clients before those come.
 
     Args: min_spare: so many idle workers wait for clients; when fewer do, more are forked at once.
-        max_spare: of more idle ones than that one is retired each 100 ms; None: twice min_spare.
+        max_spare: of more idle ones than that one is retired each 100 ms, from a second after the last
+            fork on; None: twice min_spare.
         max_children: workers, and so connections, at a time; the next ones wait in the backlog.
         max_requests: a worker ends by itself after so many connections, or up to a quarter fewer, so
             that not all end together; 0: never. The others: see Server.
@@ -90,6 +92,7 @@ class PreforkServer(Server):
         self._newest: _Worker | None = None
         self._owed = 0  # workers that died and are not replaced yet
         self._shrinking = False
+        self._grew = 0.0
         self._bell: BinaryIO | None = None
         self._events: Events | None = None
 
@@ -159,7 +162,8 @@ class PreforkServer(Server):
         except BaseException:
             self._board.free(index)
             raise
-        self._pool[child] = self._newest = _Worker(child, index, time.monotonic())
+        self._grew = time.monotonic()
+        self._pool[child] = self._newest = _Worker(child, index, self._grew)
         self._owed = max(0, self._owed - 1)
         if self._backoff.crashes:  # the next one when this one has proved of use, or has had its time
             self.loop.after(self._backoff.hold(), self._listen)
@@ -183,7 +187,7 @@ class PreforkServer(Server):
         """Retire the last idle worker, if there are too many; one that has a client serves it first."""
         self._shrinking = False
         idle = [w for w in self._pool.values() if not w.retired and self._board.waits(w.index)]
-        if len(idle) > self._max_spare:
+        if len(idle) > self._max_spare and time.monotonic() - self._grew > _CALM:
             last = max(idle, key=lambda worker: worker.index)
             last.retired = True
             last.child.send_signal(signal.SIGUSR2)
