@@ -20,7 +20,7 @@ CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
 CBENCH = $(patsubst bench/c/%.c,build/bench/%,$(wildcard bench/c/*.c))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test proof proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects bench-sync bench-engine \
+.PHONY: demo test proof proof-server proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects bench-sync bench-engine \
   ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
@@ -149,6 +149,9 @@ format: $(VENV)/.dev
 
 proof: $(VENV)/.built-dev ctest cpeers proofs
 	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s -m proof $(PYTEST)
+
+proof-server: $(VENV)/.built-dev
+	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s tests/proof/test_servers_kill.py $(PYTEST)
 
 bench-streams bench-objects bench-sync: bench-%: $(VENV)/.built-dev cbench
 	$(BIN)/python bench/bench_$*.py $(BENCH)

@@ -25,6 +25,7 @@ __all__ = [
 
 MODELS: "dict[str, str]" = {
     "fork": "ForkServer",
+    "prefork": "PreforkServer",
     "thread": "ThreadServer",
     "iterative": "IterativeServer",
     "select": "SelectServer",

@@ -10,9 +10,7 @@ Every message reaches the log before its echo reaches the client.
 """
 
 import os
-import signal
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -126,10 +124,4 @@ class ForkServer(Server):
     def _end(self, deadline: float) -> None:
         if self._held:
             self._let_go()
-        self._reaper.send_signal(signal.SIGTERM)
-        while len(self._reaper) and time.monotonic() < deadline:
-            self.loop.turn(deadline)
-        self._reaper.send_signal(signal.SIGKILL)
-        while len(self._reaper):
-            self.loop.turn()
-        self._reaper.close()
+        self._end_children(self._reaper, deadline)

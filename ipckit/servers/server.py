@@ -28,11 +28,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from ipckit._native import ffi, lib
 from ipckit.messagelog import LogStats, MessageLog
-from ipckit.servers.connection import ENDS, Connection, Terms
+from ipckit.process import Reaper
+from ipckit.servers.connection import ENDS, Terms
 from ipckit.servers.listening import endpoint, notify
 from ipckit.servers.loop import READ, Loop
 from ipckit.servers.service import EchoService, Service
@@ -53,6 +54,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 _log = logging.getLogger("ipckit.servers")
 _T = TypeVar("_T")
+
+
+class HasPeer(Protocol):
+    """A connection, as far as it is told of."""
+
+    @property
+    def number(self) -> int: ...
+    @property
+    def peer(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -299,15 +309,27 @@ class Server:
         self._paused = False
         self._listen()
 
+    # --- children
+
+    def _end_children(self, reaper: Reaper, deadline: float) -> None:
+        """Have them answer what has come, and end; kill those that have not at *deadline*."""
+        reaper.send_signal(signal.SIGTERM)
+        while len(reaper) and time.monotonic() < deadline:
+            self.loop.turn(deadline)
+        reaper.send_signal(signal.SIGKILL)
+        while len(reaper):
+            self.loop.turn()
+        reaper.close()
+
     # --- telling
 
-    def _started(self, connection: Connection) -> None:
-        if _log.isEnabledFor(logging.INFO):
+    def _started(self, connection: HasPeer) -> None:
+        if tells_of_connections():
             number, peer = connection.number, connection.peer
             event("connected", "connection %d from %s", number, peer, connection=number, peer=peer)
 
     def _ended(self, number: int, peer: str, how: str | None) -> None:
-        if _log.isEnabledFor(logging.INFO):
+        if tells_of_connections():
             how = how or "?"
             text = "connection %d from %s ended: %s"
             event("ended", text, number, peer, how, connection=number, peer=peer, how=how)
@@ -337,6 +359,11 @@ def _lost_terminal(info: SigInfo) -> bool:
     An ignored signal that is blocked comes all the same, so nohup has to be looked for.
     """
     return info.code == _SI_KERNEL and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+
+
+def tells_of_connections() -> bool:
+    """Somebody wants to know of each one."""
+    return _log.isEnabledFor(logging.INFO)
 
 
 def event(name: str, text: str, *args: object, level: int = logging.INFO, **fields: object) -> None:

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: MIT
+"""The fork server with the forks done beforehand: a supervised pool of processes.
+
+::
+
+    listen -> pipe + logger child -> fork a few workers -> loop: too few wait for clients? fork more
+       each worker: wait -> accept -> echo and log -> close        too many? retire one
+                     ^                                 |           one died? fork another
+                     +---------------------------------+
+
+Every message reaches the log before its echo reaches the client.
+"""
+
+import logging
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, ClassVar
+
+from ipckit._native import ffi, lib
+from ipckit.messagelog import MessageLog
+from ipckit.process import Child, ExitStatus, NativeMemory, Reaper, fork, fork_native
+from ipckit.servers.connection import ENDS, Connection, new_block
+from ipckit.servers.loop import READ
+from ipckit.servers.scoreboard import Backoff, Events, Scoreboard
+from ipckit.servers.server import Server, event, tells_of_connections
+
+__all__ = ["PreforkServer"]
+
+_WORKER = ffi.addressof(lib, "ik_prefork_run")
+_SHRINK_EVERY = 0.1  # seconds
+_CALM = 1.0  # seconds since it last grew; clients come in waves
+
+
+@dataclass(eq=False)
+class _Worker:
+    child: Child
+    index: int  # in the scoreboard
+    born: float
+    retired: bool = False
+
+
+class PreforkServer(Server):
+    """Serve each connection by one of a pool of processes, which wait for clients before those come.
+
+    Args: min_spare: so many idle workers wait for clients; when fewer do, more are forked at once.
+        max_spare: of more idle ones than that one is retired each 100 ms, from a second after the last
+            fork on; None: twice min_spare.
+        max_children: workers, and so connections, at a time; the next ones wait in the backlog.
+        max_requests: a worker ends by itself after so many connections, or up to a quarter fewer, so
+            that not all end together; 0: never. The others: see Server.
+
+    A worker that dies is replaced at once if it lived for a second or somebody was served since the last
+    one died, else after 10 ms, 20 ms, ... 10 s; serve() ends with RuntimeError at the tenth time in a row.
+    """
+
+    model: ClassVar[str] = "prefork"
+
+    def __init__(
+        self,
+        listeners: "socket.socket | Sequence[socket.socket]",
+        log: MessageLog | None = None,
+        *,
+        min_spare: int = 4,
+        max_spare: int | None = None,
+        max_children: int = 64,
+        max_requests: int = 0,
+        **options: Any,
+    ) -> None:
+        max_spare = 2 * min_spare if max_spare is None else max_spare
+        for name, value, least in (
+            ("min_spare", min_spare, 1),
+            ("max_spare", max_spare, min_spare),
+            ("max_children", max_children, 1),
+            ("max_requests", max_requests, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        super().__init__(listeners, log, **options)
+        if len(self.listeners) > lib.IK_PREFORK_LISTENERS:
+            raise ValueError(f"at most {lib.IK_PREFORK_LISTENERS} listeners, not {len(self.listeners)}")
+        self._max_connections = min(max_children, self._max_connections)
+        self._min_spare, self._max_spare, self._max_requests = min_spare, max_spare, max_requests
+        self._board = Scoreboard(self._max_connections, min_spare)
+        self._backoff = Backoff()
+        self._reaper = Reaper()
+        self._pool: dict[Child, _Worker] = {}
+        self._newest: _Worker | None = None
+        self._owed = 0  # workers that died and are not replaced yet
+        self._shrinking = False
+        self._grew = 0.0
+        self._bell: BinaryIO | None = None
+        self._events: Events | None = None
+
+    def _open(self) -> int:
+        return self._board.busy()
+
+    def _workers(self) -> int:
+        return len(self._reaper)
+
+    def _begin(self) -> None:
+        self._hang_bell()
+        if tells_of_connections():
+            self._events = Events()
+            self.loop.watch(self._events, READ, self._tell_events)
+        self._describe_worker()
+        self.loop.watch(self._reaper, READ, self._reap)
+
+    def _hang_bell(self) -> None:
+        self._bell = open(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "rb", buffering=0)  # noqa: SIM115
+        self.loop.watch(self._bell, READ, self._rung)
+
+    def _describe_worker(self) -> None:
+        """What is the same for all workers: each gets it as it stood at its fork."""
+        assert self._bell is not None
+        self._memory = NativeMemory("ik_prefork_worker")
+        self._job = job = self._memory.argument
+        self._keep = [listener.fileno() for listener in self.listeners]
+        job.n_listeners, job.listeners[0 : len(self._keep)] = len(self._keep), self._keep
+        job.board, job.bell = self._board.native, self._bell.fileno()
+        job.events = self._events.writer if self._events else -1
+        self._terms.fill(ffi.addressof(job, "form"))
+        if self._log:
+            job.log, job.form.log = self._log.native[0], ffi.addressof(job, "log")
+            self._keep += [job.log.writer, job.log.wake]
+        self._keep += [number for number in (job.bell, job.events) if number >= 0]
+
+    # --- growing and shrinking
+
+    def _listen(self) -> None:
+        """Have enough workers wait for clients: this is how a pool listens."""
+        idle = self._board.look() - sum(
+            worker.retired and self._board.waits(worker.index) for worker in self._pool.values()
+        )
+        while (idle < self._min_spare or self._owed) and self._may_fork():
+            if not self._try("fork", self._start_worker):
+                break
+            idle += 1
+        if idle < self._min_spare:  # it can't be helped now; what changes that calls us, not the bell
+            self._board.native.rung = 1
+        if len(self._pool) > self._max_spare and not self._shrinking:
+            self._shrinking = True
+            self.loop.after(_SHRINK_EVERY, self._shrink)
+
+    def _may_fork(self) -> bool:
+        if self._stopping or self._paused or len(self._pool) >= self._max_connections:
+            return False
+        if self._backoff.crashes and self._newest:
+            self._backoff.forgives(self._served(), self._newest.born)
+        return not self._backoff.holds()
+
+    def _start_worker(self) -> Child:
+        index = self._board.take()
+        self._job.index, self._job.place = index, self._board.place(index)
+        self._job.limit = random.randint(self._max_requests - self._max_requests // 4, self._max_requests)
+        try:
+            child = self._fork()
+        except BaseException:
+            self._board.free(index)
+            raise
+        self._grew = time.monotonic()
+        self._pool[child] = self._newest = _Worker(child, index, self._grew)
+        self._owed = max(0, self._owed - 1)
+        if self._backoff.crashes:  # the next one when this one has proved of use, or has had its time
+            self.loop.after(self._backoff.hold(), self._listen)
+        return self._reaper.add(child)
+
+    def _fork(self) -> Child:
+        if self._terms.native_service:
+            return fork_native(_WORKER, self._job, keep=self._keep, memory=self._memory)
+        return fork(self._work, die_with_parent=True)
+
+    def _work(self) -> int:
+        """The life of a worker whose service is in Python."""
+        job, block = self._job, new_block()
+        client = ffi.addressof(job.place, "connection")
+        rc: int = lib.ik_prefork_begin(job)
+        while rc >= 0 and (rc := lib.ik_prefork_next(job)) > 0:
+            lib.ik_prefork_served(job, Connection(self._terms, client, block).run())
+        return -rc
+
+    def _shrink(self) -> None:
+        """Retire the last idle worker, if there are too many; one that has a client serves it first."""
+        self._shrinking = False
+        idle = [w for w in self._pool.values() if not w.retired and self._board.waits(w.index)]
+        if len(idle) > self._max_spare and time.monotonic() - self._grew > _CALM:
+            last = max(idle, key=lambda worker: worker.index)
+            last.retired = True
+            last.child.send_signal(signal.SIGUSR2)
+        self._listen()
+
+    # --- what workers tell, and how they end
+
+    def _rung(self, _: int) -> None:
+        assert self._bell is not None
+        self._bell.read(8)
+        if error := self._board.native.shortage:
+            self._board.native.shortage = 0
+            self._pause("accept", OSError(error, os.strerror(error)))
+        self._listen()
+
+    def _tell_events(self, _: int = 0) -> None:
+        for client, end in self._events or ():
+            if end == lib.IK_END_OPEN:
+                self._started(client)
+            else:
+                self._ended(*client, ENDS[end])
+
+    def _reap(self, _: int = 0) -> None:
+        dead = [self._bury(self._pool.pop(child), status) for child, status in self._reaper.reap()]
+        self._replace([worker for worker in dead if worker])
+        if self._paused:  # now there is one of what was short
+            self._go_on()
+        else:
+            self._listen()
+
+    def _bury(self, worker: _Worker, status: ExitStatus) -> _Worker | None:
+        """The one to replace, if it did not end in order."""
+        client = self._board.client(worker.index)
+        if client:
+            self._killed += 1
+            self._tell_events()  # that it began
+            self._ended(*client, "killed")
+        self._board.free(worker.index)
+        if worker is self._newest:
+            self._newest = None
+        if status.code == 0 or self._stopping:
+            return None
+        pid, how = worker.child.pid, str(status)
+        event("worker died", "worker %d %s", pid, how, level=logging.WARNING, pid=pid, how=how)
+        return worker
+
+    def _replace(self, dead: "list[_Worker]") -> None:
+        self._replaced += len(dead)
+        self._owed += len(dead)
+        if dead:
+            self._backoff.died(self._served(), min(worker.born for worker in dead))
+        if self._backoff.crashes:
+            self.loop.after(self._backoff.hold(), self._listen)
+
+    def _served(self) -> int:
+        """Connections that have ended, but for those of workers that were killed."""
+        return sum(self.stats().ends.values()) - self._killed
+
+    def _end(self, deadline: float) -> None:
+        self._end_children(self._reaper, deadline)
+        for file in (self._bell, self._events):
+            if file:
+                file.close()

@@ -1,0 +1,515 @@
+"""What is special to the pool: it grows and shrinks, its workers die and are replaced."""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import resource
+import select
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from conftest import eventually
+from serving import Served, exchange, half_close_and_drain, recv_exact, wait_gone
+
+from ipckit.messagelog import MessageLog
+from ipckit.servers import EchoService, Service, listen, serve
+from ipckit.servers.prefork import PreforkServer
+from ipckit.servers.scoreboard import Backoff
+from ipckit.signals import blocked
+
+
+class Pool(Served):
+    """A prefork server in a forked child; its statistics at the end."""
+
+    def __init__(self, forked, path, stats, service=EchoService, listeners=None, before=None, **options):
+        self.path, self._stats = path, stats
+        listeners = listeners or [listen()]
+        self.addresses = [listener.getsockname() for listener in listeners]
+        self.running = forked(self._serve, listeners, service, before, options)
+        for listener in listeners:
+            listener.close()
+        self.running.wait_ready()
+
+    def _serve(self, ready, listeners, service, before, options):
+        logging.basicConfig(
+            stream=sys.stderr, force=True, format="%(message)s", level=options.pop("level", "WARNING")
+        )
+        with blocked([signal.SIGTERM]), MessageLog(self.path) as log:
+            if before:
+                before()
+            ready()
+            stats = serve(service, listeners, model="prefork", log=log, **options)
+        json.dump(asdict(stats), self._stats)
+        self._stats.flush()
+
+    @property
+    def pid(self):
+        return self.running.pid
+
+    def workers(self):
+        return sorted(set(self.children()[0]) - {self.logger()})
+
+    def worker_of(self, connection):
+        """The worker that serves *connection*: the one that has its other end."""
+        inode = inode_of(connection)
+        return next(pid for pid in self.workers() if inode in sockets(pid))
+
+    def stop(self, timeout=30):
+        """Its statistics."""
+        os.kill(self.pid, signal.SIGTERM)
+        assert self.running.wait(timeout) == 0
+        self._stats.seek(0)
+        return json.load(self._stats)
+
+
+@pytest.fixture
+def start_pool(forked, tmp_path):
+    """``pool = start_pool(service, **options)``"""
+    with contextlib.ExitStack() as files:
+
+        def start(*args, **options):
+            folder = Path(tempfile.mkdtemp(dir=tmp_path))
+            stats = files.enter_context(open(folder / "stats", "w+"))
+            return Pool(forked, folder / "log", stats, *args, **options)
+
+        yield start
+
+
+def inode_of(connection):
+    """The inode of the other end of a TCP connection of this machine."""
+    mine, other = connection.getsockname()[1], connection.getpeername()[1]
+    with open("/proc/net/tcp") as table:
+        for line in list(table)[1:]:
+            _, local, remote, *rest = line.split()
+            if (int(local[9:], 16), int(remote[9:], 16)) == (other, mine):
+                return rest[6]
+    return None
+
+
+def sockets(pid):
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            link = os.readlink(f"/proc/{pid}/fd/{name}")
+            if link.startswith("socket:["):
+                found.add(link[8:-1])
+    return found
+
+
+def hold(pool, count):
+    """So many clients, each served."""
+    clients = [pool.connect() for _ in range(count)]
+    for client in clients:
+        assert exchange(client, b"held") == b"held"
+    return clients
+
+
+def close(clients):
+    for client in clients:
+        client.close()
+
+
+# --- growing and shrinking -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "service", [EchoService, type("InPython", (Service,), {"received": lambda _, piece: piece})]
+)
+def test_it_grows_under_held_clients_and_shrinks_after(start_pool, service):
+    pool = start_pool(service, min_spare=4, max_spare=6)
+    eventually(lambda: len(pool.workers()) == 4)
+    clients = hold(pool, 30)
+    eventually(lambda: len(pool.workers()) == 34)
+    close(clients[1:])
+    eventually(lambda: len(pool.workers()) == 7)  # one that serves, six that wait
+    assert exchange(clients[0], b"still here") == b"still here"
+    close(clients)
+    stats = pool.stop()
+    assert stats["ends"] == {"done": 30}
+    assert (stats["connections"], stats["replaced"], stats["workers"], stats["open"]) == (30, 0, 0, 0)
+    assert pool.path.read_bytes() == b"held" * 30 + b"still here"
+
+
+def test_it_shrinks_slowly_and_no_served_client_notices(start_pool):
+    pool = start_pool(min_spare=1, max_spare=1)
+    clients = hold(pool, 12)
+    eventually(lambda: len(pool.workers()) == 13)
+    start, sizes = time.monotonic(), {13}
+    close(clients[::2])
+    kept = clients[1::2]
+    while min(sizes) > 7:  # six that serve, one that waits
+        for client in kept:
+            assert exchange(client, b"x") == b"x"
+        sizes.add(len(pool.workers()))
+        assert time.monotonic() - start < 20
+    assert time.monotonic() - start > 0.3, "one at a time, not all at once"
+    close(kept)
+    assert pool.stop()["ends"] == {"done": 12}
+
+
+def test_a_worker_that_is_retired_while_it_serves_serves_its_client_to_the_end(start_pool):
+    pool = start_pool()
+    with pool.connect() as client:
+        assert exchange(client, b"before") == b"before"
+        worker = pool.worker_of(client)
+        os.kill(worker, signal.SIGUSR2)
+        for _ in range(100):
+            assert exchange(client, b"after") == b"after"
+        assert half_close_and_drain(client) == b""
+    wait_gone([worker], 10)
+    assert pool.stop()["ends"] == {"done": 1}
+
+
+def test_max_children_makes_the_next_ones_wait(start_pool):
+    pool = start_pool(max_children=3, min_spare=2)
+    clients = hold(pool, 3)
+    with pool.connect() as fourth:
+        fourth.sendall(b"4")
+        assert select.select([fourth], [], [], 0.3)[0] == [], "served only when there is room"
+        assert len(pool.workers()) == 3
+        clients[0].close()
+        assert recv_exact(fourth, 1) == b"4"
+    close(clients)
+    assert pool.stop()["ends"] == {"done": 4}
+
+
+def test_max_requests_renews_the_workers(start_pool):
+    pool = start_pool(min_spare=2, max_requests=4)
+    eventually(lambda: len(pool.workers()) == 2)
+    seen = set()
+    for number in range(40):
+        with pool.connect() as client:
+            assert exchange(client, b"%02d" % number) == b"%02d" % number
+            seen.add(pool.worker_of(client))
+            assert half_close_and_drain(client) == b""
+    assert len(seen) >= 10, "each at most four"
+    stats = pool.stop()
+    assert stats["ends"] == {"done": 40}
+    assert stats["replaced"] == 0, "none of them died"
+    assert pool.path.read_bytes() == b"".join(b"%02d" % number for number in range(40))
+
+
+def test_two_listeners_at_once(start_pool, tmp_path):
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(tmp_path / "socket"))
+    unix.listen()
+    pool = start_pool(listeners=[listen(), unix])
+    for _ in range(20):
+        with pool.connect() as first, socket.socket(socket.AF_UNIX) as second:
+            second.settimeout(20)
+            second.connect(str(tmp_path / "socket"))
+            assert exchange(second, b"unix") == b"unix"
+            assert exchange(first, b"ipv4") == b"ipv4"
+            assert half_close_and_drain(first) == half_close_and_drain(second) == b""
+    assert pool.stop()["ends"] == {"done": 40}
+    assert pool.path.read_bytes() == b"unixipv4" * 20
+
+
+# --- workers that die ----------------------------------------------------------------------------
+
+
+def test_killed_workers_are_replaced_and_counted(start_pool, capfd):
+    pool = start_pool()
+    victim, other = hold(pool, 2)
+    busy = pool.worker_of(victim)
+    os.kill(busy, signal.SIGKILL)
+    assert recv_exact(victim, 1) == b""
+    wait_gone([busy], 5)
+    idle = (set(pool.workers()) - {pool.worker_of(other)}).pop()
+    os.kill(idle, signal.SIGKILL)
+    wait_gone([idle], 5)
+    assert exchange(other, b"other") == b"other"
+    with pool.connect() as another:
+        assert exchange(another, b"goes on") == b"goes on"
+        assert half_close_and_drain(another) == b""
+    close([victim, other])
+    eventually(lambda: len(pool.workers()) >= 5)
+    stats = pool.stop()
+    assert stats["ends"] == {"done": 2, "killed": 1}
+    assert stats["replaced"] == 2
+    assert f"worker {busy} killed by SIGKILL" in capfd.readouterr().err
+    assert pool.path.read_bytes() == b"heldheldothergoes on"
+
+
+def test_a_client_whose_worker_is_killed_before_it_is_accepted_is_served(start_pool):
+    """The wake went to that worker; the one that replaces it finds the client in the backlog."""
+    pool = start_pool(min_spare=3)
+    eventually(lambda: len(pool.workers()) == 3)
+    workers = pool.workers()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # woken, they can't accept
+    with pool.connect() as client:
+        client.sendall(b"hello")
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        assert recv_exact(client, 5) == b"hello"
+    assert pool.stop()["replaced"] == 3
+
+
+class Dies(Service):
+    def started(self):
+        os._exit(1)
+
+
+def test_a_crash_loop_stops_the_server(start_pool, capfd):
+    pool = start_pool(Dies)
+    start = time.monotonic()
+    while not ended(pool.running):
+        with contextlib.suppress(OSError), pool.connect() as client:
+            recv_exact(client, 1)
+        assert time.monotonic() - start < 40
+    assert time.monotonic() - start > 2, "the forks came without a pause"
+    assert pool.running.wait() == 1
+    said = capfd.readouterr().err
+    assert "RuntimeError: workers died at once 10 times in a row, and nobody was served" in said
+    assert said.count("exited with 1") <= 20, "at most so many forks"
+
+
+def ended(child):
+    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+class DiesSometimes(Service):
+    def received(self, piece):
+        if piece == b"die":
+            os._exit(1)
+        return piece
+
+
+def test_deaths_in_between_clients_that_are_served_are_no_crash_loop(start_pool):
+    pool = start_pool(DiesSometimes)
+    for _ in range(20):
+        with pool.connect() as client:
+            assert exchange(client, b"live") == b"live"
+            worker = pool.worker_of(client)
+            assert exchange(client, b"die", 1) == b""
+            eventually(lambda pid=worker: pid not in pool.workers() + pool.children()[1])
+        with pool.connect() as client:
+            assert exchange(client, b"live") == b"live"
+            assert half_close_and_drain(client) == b""
+    stats = pool.stop()
+    assert (stats["ends"], stats["replaced"]) == ({"done": 20, "killed": 20}, 20)
+
+
+def test_the_backoff_doubles_and_is_forgiven():
+    backoff, now = Backoff(), time.monotonic()
+    waits = []
+    for _ in range(9):
+        backoff.died(0, now)
+        waits.append(backoff.hold())
+        assert backoff.holds()
+    assert waits == [0.01 * 2**n for n in range(9)]
+    with pytest.raises(RuntimeError, match="workers died at once 10 times"):
+        backoff.died(0, now)
+    assert backoff.forgives(1, now), "somebody was served"
+    assert not backoff.holds()
+    backoff.died(1, now)
+    assert backoff.crashes == 1
+    backoff.died(1, now - 1.1)
+    assert backoff.crashes == 0, "it lived for a second"
+
+
+def test_kills_leave_no_wrong_count(start_pool, forked):
+    pool = start_pool()
+    clients = [forked(hammer_through, pool.address) for _ in range(3)]
+    for client in clients:
+        client.wait_ready()
+    for _ in range(60):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(random.choice(pool.workers()), signal.SIGKILL)
+        time.sleep(random.random() * 0.02)  # somewhere else in its life
+    for client in clients:
+        client.kill()
+        client.wait()
+    eventually(lambda: 4 <= len(pool.workers()) <= 8)
+    held = hold(pool, 20)
+    eventually(lambda: len(pool.workers()) >= 24)
+    close(held)
+    eventually(lambda: 4 <= len(pool.workers()) <= 8)
+    stats = pool.stop()
+    assert stats["open"] == 0
+    assert stats["replaced"] >= 50
+    assert stats["ends"]["done"] >= 20
+
+
+def hammer_through(ready, address):
+    """As hammer(), and go on when a worker is killed."""
+    while True:
+        hammer(ready, address)
+
+
+def test_kill_9_of_the_supervisor_takes_all_with_it(start_pool):
+    for number in range(20):
+        pool = start_pool(before=os.setsid)
+        clients = hold(pool, 5) if number % 2 else []
+        if not clients:  # in the middle of its forks
+            time.sleep(random.random() * 0.01)
+        pool.running.kill()
+        eventually(lambda pid=pool.pid: not of_session(pid), 1.0)
+        close(clients)
+        pool.running.wait()
+
+
+def of_session(number):
+    """The processes of that session, but for zombies."""
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and session_of(pid) == number]
+
+
+def session_of(pid):
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        state, _, _, session, *_ = stat.read().rsplit(")", 1)[1].split()
+        return 0 if state in "ZX" else int(session)
+    return 0
+
+
+def test_at_the_limit_of_processes_the_clients_wait(start_pool, tmp_path, capfd):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become a user whose processes can be limited")
+
+    def limit():
+        os.chmod(tmp_path, 0o777)
+        os.setresuid(54322, 54322, 54322)
+        resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))  # the supervisor and two workers
+
+    pool = start_pool(before=limit)
+    clients = [pool.connect() for _ in range(4)]
+    for client in clients:
+        client.sendall(b"hello")
+    for client in clients[:2]:
+        assert recv_exact(client, 5) == b"hello"
+    assert select.select(clients[2:], [], [], 0.3)[0] == [], "no process for them"
+    for client in clients[:2]:
+        client.close()
+    for client in clients[2:]:
+        assert recv_exact(client, 5) == b"hello"
+        client.close()
+    eventually(pool.workers)
+    assert pool.stop()["ends"] == {"done": 4}
+    assert "fork: Resource temporarily unavailable; new connections wait" in capfd.readouterr().err
+
+
+def test_workers_out_of_descriptors_say_so_and_go_on(start_pool, capfd):
+    pool = start_pool(min_spare=1, max_children=1)
+    with pool.connect() as client:
+        assert exchange(client, b"first") == b"first"
+        assert half_close_and_drain(client) == b""
+    (worker,) = pool.workers()
+    used = set(map(int, os.listdir(f"/proc/{worker}/fd")))
+    lowest_free = next(number for number in range(100) if number not in used)
+    former = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (lowest_free, former[1]))
+    with pool.connect() as client:
+        client.sendall(b"hello")
+        assert select.select([client], [], [], 0.3)[0] == []
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, former)
+        assert recv_exact(client, 5) == b"hello"
+    assert pool.stop()["ends"] == {"done": 2}
+    assert capfd.readouterr().err.count("accept: Too many open files; new connections wait") == 1
+
+
+# --- the stop ------------------------------------------------------------------------------------
+
+
+def test_sigterm_under_load(start_pool, forked):
+    pool = start_pool()
+    clients = [forked(hammer, pool.address) for _ in range(4)]
+    for client in clients:
+        client.wait_ready()
+    stats = pool.stop()
+    assert [client.wait() for client in clients] == [0] * 4
+    assert set(stats["ends"]) <= {"done", "reset"}
+    assert sum(stats["ends"].values()) == stats["connections"]
+    assert stats["log"]["messages"] == stats["echoes"]
+
+
+def hammer(ready, address):
+    """Short connections until nobody listens any more."""
+    with contextlib.suppress(ConnectionError):
+        for number in range(1 << 30):
+            with socket.create_connection(address, timeout=20) as client:
+                data = b"%d\n" % number
+                if exchange(client, data) != data:
+                    break
+                client.shutdown(socket.SHUT_WR)
+                if recv_exact(client, 1):
+                    raise AssertionError("more came back than was sent")
+            if number == 50:
+                ready()
+
+
+def test_it_grows_and_shrinks_while_clients_hammer(start_pool, forked):
+    pool = start_pool(min_spare=1, max_spare=1, max_requests=20)
+    clients = [forked(hammer, pool.address) for _ in range(4)]
+    for client in clients:
+        client.wait_ready()
+    for _ in range(5):
+        close(hold(pool, 10))
+    stats = pool.stop()
+    assert [client.wait() for client in clients] == [0] * 4
+    assert stats["replaced"] == 0
+    assert stats["connections"] >= 250
+    assert sum(stats["ends"].values()) == stats["connections"]
+
+
+def test_sigterm_to_one_worker_ends_it_and_its_client_in_order(start_pool):
+    pool = start_pool()
+    with pool.connect() as client:
+        assert exchange(client, b"x") == b"x"
+        worker = pool.worker_of(client)
+        os.kill(worker, signal.SIGTERM)
+        assert recv_exact(client, 1) == b""
+        wait_gone([worker], 5)
+    for pid in pool.workers():  # the idle ones too
+        os.kill(pid, signal.SIGTERM)
+    with pool.connect() as client:
+        assert exchange(client, b"y") == b"y"
+        assert half_close_and_drain(client) == b""
+    stats = pool.stop()
+    assert (stats["ends"], stats["replaced"]) == ({"done": 2}, 0)
+
+
+# --- what is told --------------------------------------------------------------------------------
+
+
+def test_each_connection_is_told_of(start_pool, capfd):
+    pool = start_pool(level="INFO")
+    with pool.connect() as client, pool.connect() as victim:
+        assert exchange(client, b"x") == b"x"
+        assert exchange(victim, b"x") == b"x"
+        name, other = ("{}:{}".format(*c.getsockname()) for c in (client, victim))
+        os.kill(pool.worker_of(victim), signal.SIGKILL)
+        assert recv_exact(victim, 1) == b""
+        assert half_close_and_drain(client) == b""
+    pool.stop()
+    said = capfd.readouterr().err
+    numbers = {peer: said.split(f" from {peer}")[0].rsplit(" ", 1)[1] for peer in (name, other)}
+    assert sorted(numbers.values()) == ["1", "2"]
+    for line in (
+        f"connection {numbers[name]} from {name}\n",
+        f"connection {numbers[name]} from {name} ended: done\n",
+        f"connection {numbers[other]} from {other}\n",
+        f"connection {numbers[other]} from {other} ended: killed\n",
+    ):
+        assert said.count(line) == 1, line
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"min_spare": 0}, "min_spare must be at least 1, not 0"),
+        ({"max_spare": 3}, "max_spare must be at least 4, not 3"),
+        ({"max_children": 0}, "max_children must be at least 1, not 0"),
+        ({"max_requests": -1}, "max_requests must be at least 0, not -1"),
+    ],
+)
+def test_bad_options_name_the_value(options, text):
+    with listen() as listener, pytest.raises(ValueError, match=text):
+        PreforkServer(listener, **options)
