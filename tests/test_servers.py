@@ -178,14 +178,11 @@ def test_bad_clients_cost_only_themselves(started, model):
 def test_deadlines(started):
     """Who is silent, who does not read and who goes on for ever: each is cut in time, under its own name."""
     server = started("--idle-timeout", "0.5", "--total-timeout", "1.5")
-    silent, unreading = server.connect(), server.connect()
-    with Crowd() as crowd:
+    with server.connect() as silent, server.connect() as unreading, Crowd() as crowd:
         busy = crowd.add(server.connect(), itertools.repeat(b"x"), each_waits=True)
         crowd.run(until=lambda: fill(unreading, 0), timeout=20)  # until busy has been cut
         assert busy.got
         assert silent.recv(1) == b"", "closed by the server"
-        silent.close()
-        unreading.close()
     printed = " ".join(stopped(server).split())
     for how in ("1 expired", "1 idle", "1 not read"):
         assert how in printed, printed
