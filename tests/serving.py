@@ -1,8 +1,10 @@
 """A server as a user starts it, in a process of its own, and clients that check what comes back."""
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import re
 import select
 import selectors
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from ipckit.messagelog import records
+from ipckit.servers import server_class
 
 BENCH = Path(__file__).parent.parent / "build" / "bench"  # the C programs of bench/c, built by make
 
@@ -205,6 +208,21 @@ def half_close_and_drain(connection):
     """End our side; what still comes."""
     connection.shutdown(socket.SHUT_WR)
     return recv_exact(connection, 1 << 30)
+
+
+def chatter(seed, longest=3000):
+    """Endless messages, each another."""
+    chance = random.Random(seed)
+    for number in itertools.count():
+        yield b"%d of %d %s\n" % (number, seed, b"x" * chance.randrange(longest))
+
+
+def room_for(model, clients):
+    """Options with which so many can be served at a time."""
+    options = ["--max-connections", str(clients)]
+    if "max_children" in server_class(model).options():
+        options += ["--max-children", str(clients)]
+    return options
 
 
 class Client:

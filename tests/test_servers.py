@@ -1,15 +1,13 @@
 """What every model promises, in one body: real servers, as a user starts them, and real clients.
 
-What is special to a model has a file of its own, tests/test_servers_<model>.py.
+What is special to a model has a file of its own, tests/test_servers_<model>.py; shortage, crowds of slow
+clients and what else takes long is in tests/proof/test_servers_load.py.
 """
 
 import contextlib
-import ctypes
-import errno
 import itertools
 import os
 import random
-import resource
 import select
 import signal
 import socket
@@ -25,22 +23,20 @@ from serving import (
     Crowd,
     Served,
     assert_logged,
+    chatter,
     connect,
-    cpu_seconds,
     exchange,
     half_close_and_drain,
     recv_exact,
+    room_for,
     wait_gone,
 )  # fmt: skip
 
-from ipckit.messagelog import MessageLog
-from ipckit.servers import MODELS, EchoService, listen, serve, server_class
-from ipckit.signals import blocked
+from ipckit.servers import MODELS
 
 # One at a time: a client that keeps it busy keeps all others waiting. That is what this model is there
 # to show, and why the other ones exist.
 ONE_AT_A_TIME = {"iterative"}
-A_WORKER_EACH = {"fork", "prefork", "thread"}
 
 
 @pytest.fixture(params=list(MODELS))
@@ -54,9 +50,7 @@ def started(model, tmp_path):
     running = []
 
     def start(*options, log=tmp_path / "log", **more):
-        room = ["--max-connections", "300"]
-        if "max_children" in server_class(model).options():
-            room += ["--max-children", "300"]
+        room = room_for(model, 300)
         running.append(Served(log, "--format", "record", *room, *options, model=model, **more))
         return running[-1]
 
@@ -70,13 +64,6 @@ def stopped(server):
     code, printed = server.stop()
     assert code == 0, printed
     return printed
-
-
-def chatter(seed):
-    """Endless messages, each another."""
-    chance = random.Random(seed)
-    for number in itertools.count():
-        yield b"%d of %d %s\n" % (number, seed, b"x" * chance.randrange(3000))
 
 
 # --- what comes back, and what is logged -----------------------------------------------------------
@@ -191,14 +178,11 @@ def test_bad_clients_cost_only_themselves(started, model):
 def test_deadlines(started):
     """Who is silent, who does not read and who goes on for ever: each is cut in time, under its own name."""
     server = started("--idle-timeout", "0.5", "--total-timeout", "1.5")
-    silent, unreading = server.connect(), server.connect()
-    with Crowd() as crowd:
+    with server.connect() as silent, server.connect() as unreading, Crowd() as crowd:
         busy = crowd.add(server.connect(), itertools.repeat(b"x"), each_waits=True)
         crowd.run(until=lambda: fill(unreading, 0), timeout=20)  # until busy has been cut
         assert busy.got
         assert silent.recv(1) == b"", "closed by the server"
-        silent.close()
-        unreading.close()
     printed = " ".join(stopped(server).split())
     for how in ("1 expired", "1 idle", "1 not read"):
         assert how in printed, printed
@@ -252,6 +236,7 @@ def test_the_events_of_a_life(started, tmp_path):
 
     with server.connect() as client:
         assert exchange(client, b"hello") == b"hello"
+        eventually(lambda: seen("connected"))  # which another process may have to tell first
         server.process.send_signal(signal.SIGUSR1)
         eventually(lambda: seen("statistics"))
         os.kill(server.logger(), signal.SIGKILL)
@@ -317,141 +302,3 @@ def test_the_supervisor_killed_takes_all_with_it(started, tmp_path):
         crowd.run(timeout=10)
         assert all(client.end for client in crowd.clients)
         assert_logged(crowd.clients, tmp_path / "log")
-
-
-# --- shortage --------------------------------------------------------------------------------------
-
-
-def served_within(clients, seconds, enough=None):
-    """The clients that are answered within so many seconds (each has sent a byte), or *enough* of them."""
-    end = time.monotonic() + seconds
-    waiting, rest = list(clients), len(clients) - (enough or len(clients))
-    while len(waiting) > rest and (left := end - time.monotonic()) > 0:
-        poll = select.poll()
-        by_number = {client.fileno(): client for client in waiting}
-        for number in by_number:
-            poll.register(number, select.POLLIN)
-        for number, _ in poll.poll(left * 1000):
-            assert by_number[number].recv(1) == b"w"
-            waiting.remove(by_number[number])
-    return [client for client in clients if client not in waiting]
-
-
-def test_out_of_descriptors_they_wait_and_it_does_not_spin(started, model):
-    server = started()
-    held = server.connect()
-    assert exchange(held, b"held") == b"held"
-    few = len(os.listdir(f"/proc/{server.pid}/fd")) + 3
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (few, 4096))
-    clients = [server.connect() for _ in range(200)]
-    for client in clients:
-        client.sendall(b"w")
-    served = served_within(clients, 0.3)
-    assert len(served) < 50
-    used, start = server.cpu_seconds(), time.monotonic()
-    assert select.select(list(set(clients) - set(served)), [], [], 1.0)[0] == []
-    seconds = time.monotonic() - start
-    assert server.cpu_seconds() - used < 0.05 * seconds
-    assert exchange(held, b"still") == b"still"
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (4096, 4096))
-    if model in ONE_AT_A_TIME:  # what it is short of is not descriptors
-        for client in (held, *clients):
-            client.shutdown(socket.SHUT_WR)
-    waiting = [client for client in clients if client not in served]
-    # Within a second; the proof measures it, here the machine may be busy.
-    assert len(served_within(waiting, 5)) == len(waiting)
-    for client in (held, *clients):
-        client.close()
-    lines = stopped(server).count("new connections wait")
-    assert (0 if model in ONE_AT_A_TIME else 1) <= lines <= 2 + seconds
-
-
-@pytest.mark.parametrize("model", [name for name in MODELS if name in A_WORKER_EACH], indirect=True)
-def test_out_of_processes_they_wait_and_it_does_not_spin(model, tmp_path, forked):
-    """Threads are processes to this limit."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to become a user whose processes can be limited")
-    listener = listen()
-    user = 50_000 + os.getpid() % 10_000  # who has no other processes
-
-    def child(ready):
-        with blocked([signal.SIGTERM]), MessageLog(tmp_path / "log") as log:
-            os.setresuid(user, user, user)
-            resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))  # the server and two that serve
-            ready()
-            stats = serve(EchoService, listener, model=model, log=log)
-            assert stats.ends == {"done": 5}, stats
-
-    server = forked(child)
-    address = listener.getsockname()
-    listener.close()
-    server.wait_ready()
-    clients = [connect(address) for _ in range(5)]
-    for client in clients:
-        client.sendall(b"w")
-    served = served_within(clients, 0.5)
-    assert len(served) == 2
-    used = cpu_seconds(server.pid)
-    assert select.select([client for client in clients if client not in served], [], [], 0.5)[0] == []
-    assert cpu_seconds(server.pid) - used < 0.05
-    waiting = [client for client in clients if client not in served]
-    for client in served:
-        assert exchange(client, b"still") == b"still"
-    while waiting:  # each that ends makes room for another one
-        served.pop().close()
-        (found,) = served_within(waiting, 10, enough=1)
-        waiting.remove(found)
-        served.append(found)
-    for client in served:
-        client.close()
-    server.kill(signal.SIGTERM)
-    assert server.wait() == 0
-
-
-# --- a full disk -----------------------------------------------------------------------------------
-
-
-def own_tmpfs(path, size):
-    """In a mount namespace of this process's own."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_mounts, private_and_below = 0x20000, 0x44000
-    if libc.unshare(new_mounts):
-        return False
-    libc.mount(b"none", b"/", None, private_and_below, None)
-    return libc.mount(b"tmpfs", str(path).encode(), b"tmpfs", 0, b"size=%d" % size) == 0
-
-
-def test_a_full_disk_stops_nothing_and_loses_nothing(model, tmp_path, forked):
-    """What was sent is more than the file and the log's pipe can take, so all that serve wait for them."""
-
-    def child(_):
-        if os.geteuid() or not own_tmpfs(tmp_path, 8 << 20):
-            raise SystemExit(77)
-        ballast, path = tmp_path / "ballast", tmp_path / "log"
-        ballast.write_bytes(bytes((8 << 20) - 100_000))
-        with Served(path, "--format", "record", "--json", model=model) as server, Crowd() as crowd:
-            for seed in range(4):
-                crowd.add(server.connect(), [random.Random(seed).randbytes(1 << 20)])
-            crowd.run_for(0.3)
-            stuck = answered(crowd)
-            used = server.cpu_seconds()
-            server.process.send_signal(signal.SIGUSR1)
-            crowd.run_for(0.5)
-            assert answered(crowd) == stuck, "the log waits, so there are no echoes"
-            assert server.cpu_seconds() - used <= 0.05
-            (told,) = [fields for event, fields in server.events() if event == "statistics"]
-            assert told["log"]["error"] == errno.ENOSPC
-            ballast.unlink()
-            crowd.run()
-            assert [len(client.got) for client in crowd.clients] == [1 << 20] * 4
-            stopped(server)
-            assert_logged(crowd.clients, path)
-
-    server = forked(child)
-    if server.wait(50) == 77:
-        pytest.skip("no mount namespace to be had")
-    assert server.wait() == 0
-
-
-def answered(crowd):
-    return sum(len(client.got) for client in crowd.clients)
