@@ -33,6 +33,8 @@ ENDS: "dict[int, str]" = {
 }
 """how a connection ended, by the number that C gives it"""
 
+_POINTER = ffi.typeof("ik_connection *")
+
 _log = logging.getLogger("ipckit.servers")
 
 
@@ -66,9 +68,15 @@ class Terms:
         self.tick: float | None = lib.ik_connection_tick_ns(form.idle_ns, form.total_ns) / 1e9 or None
         """seconds between two looks at the deadlines"""
 
+        self._value = form[0]
+
+    def new(self) -> Any:
+        """An ``ik_connection *`` of ours, without a client."""
+        return ffi.new(_POINTER, self._value)
+
     def fill(self, native: Any) -> None:
         """Make an ``ik_connection *`` a new one of ours, without a client."""
-        native[0] = self._form[0]
+        native[0] = self._value
 
 
 def accept(native: Any, listener: socket.socket) -> Any:
@@ -94,10 +102,7 @@ class Connection:
     @classmethod
     def accept(cls, terms: Terms, listener: socket.socket, block: Any) -> "Self":
         """The next client of *listener*. Raises: OSError of accept(2), EAGAIN if there is none."""
-        native = ffi.new("ik_connection *")
-        terms.fill(native)
-        accept(native, listener)
-        return cls(terms, native, block)
+        return cls(terms, accept(terms.new(), listener), block)
 
     def _new(self, kind: "type[Service]") -> Service:
         service = kind()

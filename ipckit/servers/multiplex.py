@@ -13,6 +13,7 @@ client until it has taken it. Nothing here waits but the loop. What it waits wit
 between the models select, poll and epoll.
 """
 
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -31,12 +32,15 @@ __all__ = ["MultiplexServer"]
 # In a turn, so that a rush of new clients doesn't keep those that are served waiting.
 _ACCEPTS = 16
 
+_log = logging.getLogger("ipckit.servers")
+
 
 class _Client(Connection):
     """A connection, and what the loop looks for on its behalf."""
 
-    __slots__ = ("server", "waits_for")
+    __slots__ = ("fd", "server", "waits_for")
 
+    fd: int
     server: "MultiplexServer"
     waits_for: int
 
@@ -84,17 +88,22 @@ class MultiplexServer(Server):
 
     def _arrived(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTS):
-            if self._open() == self._max_connections or not self._accept(listener):
+            if not self._accept(listener):
                 break
-        self._listen()
+            if self._is_full():
+                self._listen()  # no more
+                break
+
+    def _is_full(self) -> bool:
+        return len(self._clients) == self._max_connections
 
     def _accept(self, listener: socket.socket) -> bool:
         client = self._try("accept", lambda: _Client.accept(self._terms, listener, self._block))
         if client is None:
             return False
-        client.server, client.waits_for = self, 0
+        client.fd, client.server, client.waits_for = client.fileno(), self, 0
         self._clients.add(client)
-        if not self._can_watch(client.fileno()):
+        if not self._can_watch(client.fd):
             self._wait_for(client, lib.ik_connection_abort(client.native, lib.IK_END_REFUSED))
             return True
         self._started(client)
@@ -111,24 +120,25 @@ class MultiplexServer(Server):
         watched = was in (READ, WRITE)
         if wanted in (READ, WRITE):
             if watched:
-                self.loop.poller.modify(client.fileno(), wanted)
+                self.loop.poller.modify(client.fd, wanted)
             else:
-                self.loop.watch(client, wanted, client.ready)
+                self.loop.watch(client.fd, wanted, client.ready)
             return
         if (
             watched
         ):  # it is not the client that is waited for; if it hangs up, that must not wake us all the time
-            self.loop.forget(client)
+            self.loop.forget(client.fd)
         if wanted == lib.IK_STEP_ENDED:
             self._close(client)
         else:
             self._waiting.add(client, wanted)
 
     def _close(self, client: _Client) -> None:
-        was_full = self._open() == self._max_connections
+        was_full = self._is_full()
         self._clients.remove(client)
         client.close()
-        self._ended(client.number, client.peer, client.end)
+        if _log.isEnabledFor(logging.INFO):  # or the names would be made for nothing
+            self._ended(client.number, client.peer, client.end)
         if self._paused:  # now there is one of what was short
             self._go_on()
         elif was_full:

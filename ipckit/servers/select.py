@@ -69,10 +69,6 @@ class SelectServer(MultiplexServer):
         now = time.monotonic()
         if now - self._last_warning >= 1:
             self._last_warning = now
-            event(
-                "refused",
-                "a connection got the descriptor %d, too high for select(2)",
-                fd,
-                level=logging.WARNING,
-            )
+            text = "a connection got the descriptor %d, too high for select(2), and is closed"
+            event("refused", text, fd, level=logging.WARNING, descriptor=fd)
         return False
