@@ -90,9 +90,10 @@ class Served:
         """The living children, the logger among them, and the zombies."""
         living, zombies = [], []
         for task in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            for pid in task.read_text().split():
-                state = _state(pid)
-                (zombies if state in ("Z", "X", None) else living).append(int(pid))
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+                for pid in task.read_text().split():
+                    state = _state(pid)
+                    (zombies if state in ("Z", "X", None) else living).append(int(pid))
         return living, zombies
 
     def logger(self):

@@ -210,6 +210,10 @@ class PreforkServer(Server):
             else:
                 self._ended(*client, ENDS[end])
 
+    def _tell(self) -> None:
+        self._tell_events()  # what was before comes before
+        super()._tell()
+
     def _reap(self, _: int = 0) -> None:
         dead = [self._bury(self._pool.pop(child), status) for child, status in self._reaper.reap()]
         self._replace([worker for worker in dead if worker])
@@ -235,10 +239,11 @@ class PreforkServer(Server):
         return worker
 
     def _replace(self, dead: "list[_Worker]") -> None:
+        if not dead:
+            return
         self._replaced += len(dead)
         self._owed += len(dead)
-        if dead:
-            self._backoff.died(self._served(), min(worker.born for worker in dead))
+        self._backoff.died(self._served(), min(worker.born for worker in dead))
         if self._backoff.crashes:
             self.loop.after(self._backoff.hold(), self._listen)
 
@@ -248,6 +253,7 @@ class PreforkServer(Server):
 
     def _end(self, deadline: float) -> None:
         self._end_children(self._reaper, deadline)
+        self._tell_events()
         for file in (self._bell, self._events):
             if file:
                 file.close()
