@@ -47,7 +47,8 @@ def serving(tmp_path, forked):
                 running = server("thread", listener, log, service=service, **options)
                 running.loop.after(0, ready)
                 running.serve(stop_timeout=stop_timeout)
-                assert len(os.listdir("/proc/self/task")) == len(threading.enumerate())
+                # A thread that was joined is seen in /proc for a moment yet.
+                eventually(lambda: len(os.listdir("/proc/self/task")) == len(threading.enumerate()))
                 stats = running.stats()
                 assert stats.ends == expected_ends, stats
                 assert stats.open == stats.workers == len(threading.enumerate()) - 1

@@ -362,5 +362,6 @@ def _new_loop(uvloop: bool | None) -> asyncio.AbstractEventLoop:
             if uvloop:
                 raise
         else:
-            return new_event_loop()
+            made: asyncio.AbstractEventLoop = new_event_loop()
+            return made
     return asyncio.new_event_loop()

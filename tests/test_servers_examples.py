@@ -1,0 +1,160 @@
+"""The services of examples/, each under every model; and workers killed in the middle of a change."""
+
+import contextlib
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from serving import exchange, half_close_and_drain, recv_exact
+
+from ipckit.servers import MODELS
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@contextlib.contextmanager
+def running(script, model):
+    """The address of an example's server, and its process; it ends in good order."""
+    with subprocess.Popen(
+        [sys.executable, EXAMPLES / script, model, "0"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            port = re.search(r":(\d+)\n", process.stdout.readline())
+            assert port, "it did not start"
+            yield ("127.0.0.1", int(port[1])), process
+            process.terminate()
+            assert process.wait(20) == 0
+            assert f"model='{model}'" in process.stdout.read()
+        finally:
+            process.kill()
+
+
+def connect(address):
+    return socket.create_connection(address, timeout=20)
+
+
+def ask(client, line):
+    client.sendall(line.encode() + b"\n")
+    got = b""
+    while not got.endswith(b"\n"):
+        more = client.recv(4096)
+        if not more:
+            raise ConnectionResetError
+        got += more
+    return got.decode().rstrip("\n")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_upper(model):
+    with running("upper_server.py", model) as (address, _):
+        with connect(address) as client:
+            assert exchange(client, b"one\ntw", 4) == b"ONE\n"
+            assert exchange(client, b"o\nthree", 4) == b"TWO\n"
+            assert half_close_and_drain(client) == b"THREE"
+        with connect(address) as client:
+            client.sendall(b"x" * 10_001)
+            assert recv_exact(client, 1 << 20) == b"the line is too long\n"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_key_value(model):
+    with running("key_value_server.py", model) as (address, _):
+        with connect(address) as client:
+            assert ask(client, "GET colour") == "NONE"
+            assert ask(client, "SET colour dark blue") == "OK"
+            assert ask(client, "SET size é") == "OK"
+        with connect(address) as client:  # in another process, where the model has one for each
+            assert ask(client, "GET colour") == "VALUE dark blue"
+            assert ask(client, "KEYS") == "KEYS colour size"
+            assert ask(client, "DEL colour") == "OK"
+            assert ask(client, "DEL colour") == "NONE"
+            assert ask(client, "SET size") == "ERROR SET needs a key and a value"
+            assert ask(client, "PUT size 1") == "ERROR one of SET, GET, DEL, KEYS, not 'PUT'"
+            for number in range(60):
+                answer = ask(client, f"SET big{number} {'x' * 9_900}")
+                if answer != "OK":
+                    break
+            assert answer == "ERROR the table is full"
+            assert ask(client, "GET size") == "VALUE é"
+
+
+class Dying:
+    """A half of the table; who writes into it is killed half-way, at the *last*-th write."""
+
+    def __init__(self, room, last):
+        self.room, self.left = room, last
+
+    def __getitem__(self, where):
+        return self.room[where]
+
+    def __setitem__(self, where, data):
+        self.left -= 1
+        if self.left == 0:
+            start = where.start or 0
+            self.room[start : start + len(data) // 2] = data[: len(data) // 2]
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.room[where] = data
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_who_is_killed_in_the_middle_of_a_change_has_not_changed_anything(forked, last):
+    table = runpy.run_path(str(EXAMPLES / "key_value_server.py"))["Table"]()
+    with table.change() as content:
+        content["key"] = "value" * 10
+
+    def change(ready):
+        room = table._room
+        table._room = lambda half: Dying(room(half), last)
+        with table.change() as content:
+            content["key"] = "other" * 100
+
+    assert forked(change).wait() == -signal.SIGKILL
+    assert table.look() == {"key": "value" * 10}
+    with table.change() as content:
+        content["key"] = "third"
+    assert table.look() == {"key": "third"}
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model in ("fork", "prefork")])
+def test_killed_workers_leave_a_whole_table(model):
+    """Each client counts a key of its own up, while workers are killed all the time."""
+    with running("key_value_server.py", model) as (address, process):
+        with connect(address) as client:
+            for number in range(200):  # a large table is long in the making
+                assert ask(client, f"SET filler{number} {'x' * 500}") == "OK"
+        acknowledged = [0] * 4
+        over = threading.Event()
+
+        def count(mine):
+            while not over.is_set():
+                with contextlib.suppress(ConnectionError), connect(address) as client:
+                    while not over.is_set():
+                        number = acknowledged[mine] + 1
+                        assert ask(client, f"SET count{mine} {number}") == "OK"
+                        acknowledged[mine] = number
+
+        counters = [threading.Thread(target=count, args=(mine,)) for mine in range(4)]
+        for counter in counters:
+            counter.start()
+        killed = 0
+        while killed < 50 or min(acknowledged) < 10:
+            for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
+                    killed += 1
+        over.set()
+        for counter in counters:
+            counter.join(20)
+            assert not counter.is_alive()
+        with connect(address) as client:
+            for mine in range(4):
+                found = int(ask(client, f"GET count{mine}").removeprefix("VALUE "))
+                assert found in (acknowledged[mine], acknowledged[mine] + 1)
+            assert len(ask(client, "KEYS").split()) == 205
