@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import json
@@ -673,7 +674,11 @@ def test_a_supervisor_killed_while_files_change(tmp_path, forked, durability):
         with open(told) as file:
             left = [int(pid) for pid in file.read().split()]
         assert len(left) == 3
-        eventually(lambda left=left: not any(os.path.exists(f"/proc/{pid}") for pid in left))
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                end = os.pidfd_open(pid)
+                assert select.select([end], [], [], PATIENCE)[0], "a writer or the logger hangs"
+                os.close(end)
         rotated = sorted(tmp_path.glob(f"{path.name}.[0-9]*"), key=lambda p: int(p.suffix[1:]))
         parts = [content(file) for file in (*rotated, path) if file.exists()]
         assert all(part.endswith(b"\n") for part in parts if part), "a message was split"
