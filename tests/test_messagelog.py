@@ -662,7 +662,7 @@ def rotate_until_killed(ready, path, durability, count, pids):
 def test_a_supervisor_killed_while_files_change(tmp_path, forked, durability):
     count = {"none": 4000, "synced": 300}[durability]
     chance = random.Random(3)
-    for turn in range(8):
+    for turn in range(5):
         path = tmp_path / f"log{turn}"
         told, pids = os.pipe()
         supervisor = forked(rotate_until_killed, path, durability, count, pids)
