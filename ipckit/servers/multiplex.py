@@ -43,6 +43,7 @@ class _Client(Connection):
     fd: int
     server: "MultiplexServer"
     waits_for: int
+    """as step() said: READ, WRITE, or something else than its socket"""
 
     def ready(self, _: int) -> None:
         """Its turn: a piece at the most."""
@@ -107,7 +108,10 @@ class MultiplexServer(Server):
             self._wait_for(client, lib.ik_connection_abort(client.native, lib.IK_END_REFUSED))
             return True
         self._started(client)
-        self._wait_for(client, client.start())
+        wanted = client.start()
+        if wanted == READ:  # most have sent something by now
+            wanted = client.step()
+        self._wait_for(client, wanted)
         return True
 
     def _can_watch(self, fd: int) -> bool:
@@ -124,9 +128,7 @@ class MultiplexServer(Server):
             else:
                 self.loop.watch(client.fd, wanted, client.ready)
             return
-        if (
-            watched
-        ):  # it is not the client that is waited for; if it hangs up, that must not wake us all the time
+        if watched:  # or that it hangs up would wake us again and again
             self.loop.forget(client.fd)
         if wanted == lib.IK_STEP_ENDED:
             self._close(client)
