@@ -254,6 +254,17 @@ def test_a_client_whose_worker_is_killed_before_it_is_accepted_is_served(start_p
     assert pool.stop()["replaced"] == 3
 
 
+def test_a_dead_worker_is_replaced_even_if_enough_wait(start_pool):
+    """A client may have woken that one, and nobody else."""
+    pool = start_pool(min_spare=1, max_spare=20)
+    close(hold(pool, 5))
+    eventually(lambda: len(pool.workers()) == 6)
+    before = pool.workers()
+    os.kill(before[0], signal.SIGKILL)
+    eventually(lambda: set(pool.workers()) - set(before))
+    assert pool.stop()["replaced"] == 1
+
+
 class Dies(Service):
     def started(self):
         os._exit(1)
