@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -513,6 +514,21 @@ def test_each_connection_is_told_of(start_pool, capfd):
         f"connection {numbers[other]} from {other} ended: killed\n",
     ):
         assert said.count(line) == 1, line
+
+
+def test_a_supervisor_that_stands_still_keeps_nobody_waiting(start_pool, capfd):
+    pool = start_pool(level="INFO")
+    eventually(lambda: len(pool.workers()) == 4)
+    os.kill(pool.pid, signal.SIGSTOP)
+    for _ in range(400):  # two events each, and 680 fit into the pipe
+        with pool.connect() as client:
+            assert exchange(client, b"x") == b"x"
+            assert half_close_and_drain(client) == b""
+    os.kill(pool.pid, signal.SIGCONT)
+    assert pool.stop()["ends"] == {"done": 400}
+    said = capfd.readouterr().err
+    lost = int(re.search(r"(\d+) events were lost", said)[1])
+    assert said.count("connection ") + lost == 800
 
 
 @pytest.mark.parametrize(
