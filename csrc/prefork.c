@@ -124,8 +124,7 @@ static int accept_next(ik_prefork_worker *w) {
     return ik_connection_accept(c, ready.data.fd);
 }
 
-/* Out of descriptors or memory: leave the backlog alone for a moment, have the supervisor say so.
- */
+/* Out of descriptors or memory: leave the backlog alone for a moment; the supervisor says so. */
 static void rest(ik_prefork_worker *w, int error) {
     const struct timespec moment = {0, REST_MS * 1000000};
     ring(w, &w->board->shortage, error);

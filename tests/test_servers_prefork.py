@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -252,6 +253,17 @@ def test_a_client_whose_worker_is_killed_before_it_is_accepted_is_served(start_p
             os.kill(pid, signal.SIGKILL)
         assert recv_exact(client, 5) == b"hello"
     assert pool.stop()["replaced"] == 3
+
+
+def test_a_dead_worker_is_replaced_even_if_enough_wait(start_pool):
+    """A client may have woken that one, and nobody else."""
+    pool = start_pool(min_spare=1, max_spare=20)
+    close(hold(pool, 5))
+    eventually(lambda: len(pool.workers()) == 6)
+    before = pool.workers()
+    os.kill(before[0], signal.SIGKILL)
+    eventually(lambda: set(pool.workers()) - set(before))
+    assert pool.stop()["replaced"] == 1
 
 
 class Dies(Service):
@@ -502,6 +514,21 @@ def test_each_connection_is_told_of(start_pool, capfd):
         f"connection {numbers[other]} from {other} ended: killed\n",
     ):
         assert said.count(line) == 1, line
+
+
+def test_a_supervisor_that_stands_still_keeps_nobody_waiting(start_pool, capfd):
+    pool = start_pool(level="INFO")
+    eventually(lambda: len(pool.workers()) == 4)
+    os.kill(pool.pid, signal.SIGSTOP)
+    for _ in range(400):  # two events each, and 680 fit into the pipe
+        with pool.connect() as client:
+            assert exchange(client, b"x") == b"x"
+            assert half_close_and_drain(client) == b""
+    os.kill(pool.pid, signal.SIGCONT)
+    assert pool.stop()["ends"] == {"done": 400}
+    said = capfd.readouterr().err
+    lost = int(re.search(r"(\d+) events were lost", said)[1])
+    assert said.count("connection ") + lost == 800
 
 
 @pytest.mark.parametrize(

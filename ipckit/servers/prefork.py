@@ -209,6 +209,9 @@ class PreforkServer(Server):
                 self._started(client)
             else:
                 self._ended(*client, ENDS[end])
+        if lost := self._board.native.untold:  # we were slower than a pipe is long
+            self._board.native.untold = 0
+            event("events lost", "%d events were lost", lost, level=logging.WARNING, lost=lost)
 
     def _tell(self) -> None:
         self._tell_events()  # what was before comes before
