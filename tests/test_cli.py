@@ -1,5 +1,6 @@
 import contextlib
 import fcntl
+import importlib.util
 import os
 import re
 import select
@@ -172,7 +173,40 @@ def test_what_is_no_service_is_one_line_and_status_2(tmp_path, where, why):
     assert not (tmp_path / "echomsg.txt").exists()
 
 
+def test_workers_that_die_again_and_again_are_one_line_and_status_1(tmp_path):
+    (tmp_path / "dies.py").write_text(
+        "import os, ipckit.servers\nclass Dies(ipckit.servers.Service):\n    def started(self): os._exit(1)\n"
+    )
+    with Served(tmp_path / "log", "--service", "dies:Dies", model="prefork", cwd=tmp_path) as server:
+
+        def failed():
+            with contextlib.suppress(OSError), server.connect() as client:
+                client.recv(1)
+            return server.process.poll() is not None
+
+        eventually(failed, 40)
+        assert server.process.returncode == 1
+        last = server.errors().splitlines()[-1]
+    assert last == "Error: workers died at once 10 times in a row, and nobody was served"
+
+
 # --- where it listens ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("uvloop") is not None, reason="uvloop is there")
+def test_uvloop_that_is_not_there(tmp_path):
+    status, _, errors = run(
+        "serve", "--model", "asyncio", "--uvloop", "--port", "0", "--log", tmp_path / "log"
+    )
+    assert status == 2
+    assert "Error: No module named 'uvloop'" in errors
+
+
+def test_values_that_do_not_go_together_are_status_2(tmp_path):
+    options = ("--model", "prefork", "--min-spare", "9", "--max-spare", "2", "--port", "0")
+    status, _, errors = run("serve", *options, "--log", tmp_path / "log")
+    assert status == 2
+    assert "Error: max_spare must be at least 9, not 2" in errors
 
 
 def test_no_log(tmp_path):

@@ -4,6 +4,7 @@
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -155,6 +156,11 @@ def _keyword(option: str) -> str:
     "[default: if it is a terminal]",
 )
 @click.option(
+    "--uvloop/--no-uvloop",
+    default=None,
+    help="asyncio: run on uvloop instead of asyncio's own loop.  [default: if it is installed]",
+)
+@click.option(
     "--stop-timeout",
     type=_SECONDS,
     default=10.0,
@@ -205,7 +211,7 @@ def serve(
             click.echo(f"listening on {listening.endpoint(listener)}")
         click.echo("logging nothing" if log is None else f"logging to {path}")
         with serving.LiveView(server) if live else contextlib.nullcontext():
-            server.serve(stop_timeout=stop_timeout)
+            _run(server, stop_timeout)
         stats = server.stats()
         if log is not None:
             with one_line(path):
@@ -261,10 +267,18 @@ def _made(
 ) -> Server:
     try:
         return server_class(model)(listeners, log, **given)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         if log is not None:
             log.close()
         raise click.UsageError(str(error)) from None
+
+
+def _run(server: Server, stop_timeout: float) -> None:
+    try:
+        server.serve(stop_timeout=stop_timeout)
+    except RuntimeError as error:  # its workers, or its logger, die again and again
+        logging.getLogger("ipckit.servers").info("the server failed", exc_info=True)
+        raise click.ClickException(str(error)) from None
 
 
 @group.command()
