@@ -18,11 +18,9 @@ Nothing has a name but the listener's socket file, and nothing outlives its hold
 
 import asyncio
 import errno
-import fcntl
 import os
 import select
 import socket
-import stat
 import struct
 import threading
 import time
@@ -493,15 +491,6 @@ def _parsed(data: bytes, what: str) -> "tuple[int, int]":
     return capacity, max_message
 
 
-def _check_path(path: "str | bytes | os.PathLike[Any]") -> str:
-    name = os.fsdecode(path)
-    if not name or name[0] == "\0":
-        raise ValueError(f"a socket needs a path, not {name!r}: anybody could take an abstract name")
-    if len(os.fsencode(name)) > 107:
-        check(-errno.ENAMETOOLONG, name)
-    return name
-
-
 def _is_allowed(found: int, peer_uid: "int | None") -> bool:
     return found == (os.geteuid() if peer_uid is None else peer_uid)
 
@@ -515,15 +504,15 @@ class Listener:
     A file that is left of a listener that is gone is replaced; anything else that has the name is left alone.
     close() removes the file, if it is still this listener's and this process made it.
 
-    Args: path: of the socket file; its folder is read. mode: its permissions, from the beginning and whatever
+    Args: path: of the socket file. mode: its permissions, from the beginning and whatever
         the umask; who may write to it may connect. peer_uid: the user whose processes are let in; None:
         this process's own.
         capacity, max_message, max_inbox: as of channel(); the smaller max_message of both sides counts.
         backlog: how many clients may wait to be accepted, and how many may be silent.
-    Raises: ValueError for an abstract or empty path, or sizes out of range; OSError EADDRINUSE if somebody
-        listens there, FileExistsError (EEXIST) for what is no socket, PermissionError (EPERM) for another
-        user's; ENAMETOOLONG beyond 107 bytes, ENOENT, EACCES; TimeoutError (ETIMEDOUT) if the folder was
-        locked for 5 s.
+    Raises: as ipckit.sockets.bind_unix(): ValueError for an abstract or empty path, or sizes out of range;
+        OSError EADDRINUSE if somebody has a socket there, FileExistsError (EEXIST) for anything else there,
+        PermissionError (EPERM) for another user's; ENAMETOOLONG beyond 107 bytes, ENOENT, EACCES;
+        TimeoutError (ETIMEDOUT) if the folder was locked for 5 s.
     Fork: the child may accept too. Threads: take turns. See unix(7).
     """
 
@@ -543,16 +532,13 @@ class Listener:
         max_inbox: int = DEFAULT_MAX_INBOX,
         backlog: int = 128,
     ) -> None:
-        if not 0 <= mode <= 0o777:
-            raise ValueError(f"mode must be from 0 to 0o777, not {mode:#o}")
         if backlog < 1:
             raise ValueError(f"backlog must be at least 1, not {backlog}")
-        self.path = _check_path(path)
+        self.path = sockets.check_path(path)
         self._limits = _limits(max_message, max_inbox)
         self._capacity = ring.memory_size(capacity) - lib.IK_RING_HEADER
         self._peer_uid, self._backlog = peer_uid, backlog
-        self._maker = os.getpid()
-        self._sock, self._birth = _bound(self.path, mode, backlog)
+        self._sock, self._file = _bound(self.path, mode, backlog)
         self._begin()
 
     def _begin(self) -> None:
@@ -720,10 +706,7 @@ class Listener:
             return
         self._turn.acquire(timeout=4 * _SLICE)  # a thread that accepts notices, unless it is this one
         with sock:
-            if self._maker == os.getpid():
-                with suppress(OSError):  # while it is bound, no other file can be mistaken for it
-                    if _birth(self.path) == self._birth:
-                        os.unlink(self.path)
+            self._file.unlink()
             self._forget()
 
     def __enter__(self) -> "Self":
@@ -739,86 +722,14 @@ class Listener:
         return f"<Listener at {self.path!r}{', closed' if self.closed else ''}>"
 
 
-def _birth(path: str) -> "tuple[int, int]":
-    found = os.lstat(path)
-    return found.st_dev, found.st_ino
-
-
-def _bound(path: str, mode: int, backlog: int) -> "tuple[socket.socket, tuple[int, int]]":
-    folder = _lock(os.path.dirname(path) or ".")
-    try:
-        with ExitStack() as undo:
-            sock = undo.enter_context(
-                socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-            )
-            _make_way(path)
-            os.fchmod(sock.fileno(), mode)  # Linux gives this to the file, less the umask
-            try:
-                sock.bind(path)
-            except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
-            undo.callback(os.unlink, path)
-            _set_mode(path, mode)
-            sock.listen(backlog)
-            undo.pop_all()
-        return sock, _birth(path)
-    finally:
-        os.close(folder)
-
-
-def _lock(folder: str) -> int:
-    """Of several listeners that replace a file one at a time; closing gives it back."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    end = wait.deadline(HANDSHAKE_TIME)
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if wait.remaining(end) == 0:
-                os.close(fd)
-                check(-errno.ETIMEDOUT, f"lock of {folder!r}")
-            time.sleep(0.002)
-        except BaseException:
-            os.close(fd)
-            raise
-
-
-def _make_way(path: str) -> None:
-    """Remove a socket of ours at which nobody listens; refuse anything else."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        check(-errno.EEXIST, f"{path!r} is no socket, but {stat.filemode(found.st_mode)}")
-    if found.st_uid != os.geteuid():
-        check(-errno.EPERM, f"{path!r} belongs to user {found.st_uid}, not to {os.geteuid()}")
-    if _is_in_use(path):
-        check(-errno.EADDRINUSE, path)
-    os.unlink(path)
-
-
-def _is_in_use(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except OSError:  # a full backlog, or a socket of another type: in use
-            return True
-        return True
-
-
-def _set_mode(path: str, mode: int) -> None:
-    """Give back what the umask took. Not through a link that somebody put there meanwhile."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        if stat.S_ISSOCK(found.st_mode) and stat.S_IMODE(found.st_mode) != mode:
-            os.chmod(f"/proc/self/fd/{fd}", mode)
-    finally:
-        os.close(fd)
+def _bound(path: str, mode: int, backlog: int) -> "tuple[socket.socket, sockets.SocketFile]":
+    with ExitStack() as undo:
+        sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
+        file = sockets.bind_unix(sock, path, mode=mode)
+        undo.callback(file.unlink)
+        sock.listen(backlog)
+        undo.pop_all()
+    return sock, file
 
 
 # --- connecting ----------------------------------------------------------------------------------
@@ -843,7 +754,7 @@ def connect(
         empty path, or a size out of range.
     See connect(2), unix(7).
     """
-    limits, name, until = _limits(max_message, max_inbox), _check_path(path), wait.deadline(timeout)
+    limits, name, until = _limits(max_message, max_inbox), sockets.check_path(path), wait.deadline(timeout)
     what = f"connect to {name!r}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
         _reach(sock, name, until, what)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Sockets beyond ``socket``: time limits per call, urgent data, descriptors, peer credentials.
+"""Sockets beyond ``socket``: time limits per call, urgent data, descriptors, credentials, socket files.
 
-All functions take a socket object, any object with ``fileno()`` or a plain descriptor, whether it
-blocks or not: *timeout* (seconds, ``None`` for ever, ``0`` not at all) alone rules how long a call
-waits, and not the object's own time-out or SO_RCVTIMEO. Only MSG_DONTWAIT makes a call return at
-once with BlockingIOError.
+All functions but bind_unix() take a socket object, any object with ``fileno()`` or a plain
+descriptor, whether it blocks or not: *timeout* (seconds, ``None`` for ever, ``0`` not at all) alone
+rules how long a call waits, and not the object's own time-out or SO_RCVTIMEO. Only MSG_DONTWAIT
+makes a call return at once with BlockingIOError.
 
 Every send uses MSG_NOSIGNAL: a gone peer is BrokenPipeError, never SIGPIPE. All calls drop the
 GIL, work in any thread and after fork; Python signal handlers run while a call waits (PEP 475).
@@ -15,8 +15,11 @@ import fcntl
 import os
 import select
 import signal
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from socket import MSG_DONTROUTE, MSG_DONTWAIT, MSG_OOB, MSG_PEEK, MSG_TRUNC, MSG_WAITALL
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
@@ -24,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.vectored import Buffer, Descriptor, fileno_of, pin
-from ipckit.wait import NOW, deadline, until_ready
+from ipckit.wait import NOW, deadline, remaining, until_ready
 
 __all__ = [
     "MAX_FDS",
@@ -34,8 +37,11 @@ __all__ = [
     "MSG_PEEK",
     "MSG_WAITALL",
     "Credentials",
+    "SocketFile",
     "UrgentWatcher",
     "at_mark",
+    "bind_unix",
+    "check_path",
     "get_oobinline",
     "peer_credentials",
     "recv",
@@ -51,6 +57,8 @@ __all__ = [
 ]
 
 MAX_FDS: int = lib.IK_SOCKETS_MAX_FDS
+
+_LONGEST_PATH = 107  # bytes in sun_path of unix(7), less the NUL
 
 _uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 
@@ -186,6 +194,10 @@ def recv_urgent(sock: Descriptor, *, timeout: float | None = None) -> bytes:
 
     It does not wait for an announcement: UrgentWatcher does. An announced byte comes behind the
     ordinary data before it, so with a full receive buffer it comes only when that has been read.
+
+    A byte taken by recv_urgent() before the reads have come to its place is read once more in the stream
+    if a newer one is announced meanwhile. Take it inline (set_oobinline, at_mark, one byte) where that
+    matters.
 
     Raises: OSError EINVAL if there is none (never sent, read already, passed by a read, or read in
         the stream because of SO_OOBINLINE); TimeoutError (ETIMEDOUT); EOFError if the stream ended;
@@ -418,3 +430,181 @@ def peer_credentials(sock: Descriptor) -> Credentials:
     peer = ffi.new("ik_sockets_peer *")
     check(lib.ik_sockets_peer_credentials(number, peer), f"peer_credentials on descriptor {number}")
     return Credentials(peer.pid, peer.uid, peer.gid)
+
+
+# --- socket files --------------------------------------------------------------------------------
+
+
+def check_path(path: "str | bytes | os.PathLike[Any]") -> str:
+    """*path* as text, if a socket file can have it.
+
+    Raises: ValueError if it is empty, abstract (anybody may take such a name) or contains NUL; OSError
+        ENAMETOOLONG for more than 107 bytes. See unix(7).
+    """
+    name = os.fsdecode(path)
+    if not name or "\0" in name:
+        raise ValueError(f"a socket's path can't be empty, abstract or contain NUL: {name!r}")
+    size = len(os.fsencode(name))
+    if size > _LONGEST_PATH:
+        check(-errno.ENAMETOOLONG, f"{name!r} has {size} bytes, a socket's path at most {_LONGEST_PATH}")
+    return name
+
+
+class SocketFile(NamedTuple):
+    """What bind_unix() has made: the file that goes when its socket does."""
+
+    path: str
+    """absolute, so the process may change its folder"""
+    birth: tuple[int, int]
+    """device and inode"""
+    maker: int
+    """the process that bound it"""
+
+    def unlink(self) -> bool:
+        """Remove the file, in the process that made it and if it is still that one. Never blocks.
+
+        Call it before the socket is closed: a bound socket keeps its inode from being used again, and
+        other bind_unix() from replacing the file, so nothing else can be meant.
+
+        Returns: whether it was removed. Raises nothing: who stops can't do more about it, and what is
+            left is replaced by the next bind_unix(). See unlink(2).
+        """
+        with suppress(OSError):
+            if self.maker == os.getpid() and _birth(os.lstat(self.path)) == self.birth:
+                os.unlink(self.path)
+                return True
+        return False
+
+
+def bind_unix(
+    sock: socket.socket,
+    path: "str | bytes | os.PathLike[Any]",
+    *,
+    mode: int = 0o600,
+    timeout: float | None = 5.0,
+) -> SocketFile:
+    """Bind an AF_UNIX socket of any type to *path*; replace what a dead process of this user left there.
+
+    Of several that bind at a time exactly one does. A socket that some process has, listening or not
+    yet, is found to be alive without connecting to it. Blocks only while another process replaces
+    something in the same folder, for which the folder must be readable.
+
+    Args: sock: a socket object. mode: permissions of the file, whatever the umask, and never more; who may
+        write it may connect. timeout: seconds.
+    Returns: the file, to be removed by its ``unlink()`` before *sock* is closed.
+    Raises: OSError EADDRINUSE if somebody has a socket there; EEXIST for anything else there, a link or a
+        socket file with several names; EPERM if what is there belongs to another user; EACCES if it may
+        not be asked (its mode keeps us out), and for the folder; ENOENT; EINVAL if *sock* is bound;
+        TimeoutError (ETIMEDOUT) if the folder stays locked; TypeError if *sock* is not AF_UNIX; ValueError
+        for another mode; as check_path().
+    Fork: a child may use the socket, only the maker removes the file. Threads: any. See bind(2), unix(7).
+    """
+    name = check_path(path)
+    if not 0 <= mode <= 0o777:
+        raise ValueError(f"mode must be 0 to 0o777, not {mode:#o}")
+    until = deadline(timeout)
+    # Not abspath(): the folder before a ".." may be a link.
+    place = name if os.path.isabs(name) else os.path.join(os.getcwd(), name)
+    os.fchmod(sock.fileno(), mode)  # Linux gives this to the file, less the umask
+    if not _is_bound(sock, name):
+        _replace(sock, name, until)
+    return _made(place, mode)
+
+
+def _is_bound(sock: socket.socket, path: str) -> bool:
+    """Bind; False if there is something at *path*."""
+    try:
+        sock.bind(path)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
+        return False
+    return True
+
+
+def _replace(sock: socket.socket, path: str, until: int) -> None:
+    # bind(2) is exclusive, replacing isn't: of two who found the same dead file the second would remove
+    # the file that the first has just made.
+    with _locked(os.path.dirname(path) or ".", until):
+        _make_way(path)
+        if not _is_bound(sock, path):
+            check(-errno.EADDRINUSE, path)
+
+
+@contextmanager
+def _locked(folder: str, until: int) -> Iterator[None]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _lock(fd, folder, until)
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked by another thread has a copy of the descriptor
+        os.close(fd)
+
+
+def _lock(fd: int, folder: str, until: int) -> None:
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if remaining(until) == 0:
+                check(-errno.ETIMEDOUT, f"lock of {folder!r}")
+            time.sleep(0.002)
+
+
+def _make_way(path: str) -> None:
+    """Remove a dead socket of ours; refuse anything else, and leave it as it is."""
+    try:
+        found = _look(path)
+    except FileNotFoundError:
+        return
+    if found.st_uid != os.geteuid():
+        check(-errno.EPERM, f"{path!r} belongs to user {found.st_uid}, not to {os.geteuid()}")
+    if found.st_nlink != 1:
+        check(-errno.EEXIST, f"{path!r} has {found.st_nlink} names")
+    answer = _probe(path)
+    if answer != errno.ECONNREFUSED:
+        check(-(errno.EACCES if answer == errno.EACCES else errno.EADDRINUSE), path)
+    os.unlink(path)
+
+
+def _look(path: str) -> os.stat_result:
+    found = os.lstat(path)
+    if not stat.S_ISSOCK(found.st_mode):
+        check(-errno.EEXIST, f"{path!r} is no socket, but {stat.filemode(found.st_mode)}")
+    return found
+
+
+def _probe(path: str) -> int:
+    """The errno of a connect: ECONNREFUSED if no process has the socket of this file.
+
+    A datagram socket can't connect to a stream or to packets (EPROTOTYPE), so a living server notices
+    nothing of this, and one that is bound and doesn't listen yet isn't taken for dead.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+        return probe.connect_ex(path)
+
+
+def _made(path: str, mode: int) -> SocketFile:
+    found = _look(path)
+    file = SocketFile(path, _birth(found), os.getpid())
+    if stat.S_IMODE(found.st_mode) != mode:
+        with ExitStack() as undo:
+            undo.callback(file.unlink)
+            _set_mode(file, mode)
+            undo.pop_all()
+    return file
+
+
+def _set_mode(file: SocketFile, mode: int) -> None:
+    """Give back what the umask took; to this file, not to what somebody put there meanwhile."""
+    fd = os.open(file.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if _birth(os.fstat(fd)) == file.birth:
+            os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
+
+
+def _birth(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino

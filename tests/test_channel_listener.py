@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import fcntl
 import importlib
 import os
 import random
@@ -319,9 +320,9 @@ def test_bad_numbers_are_refused(path, options):
 @pytest.mark.parametrize("call", [Listener, connect])
 def test_paths_that_are_none(call, tmp_path):
     for name in ("", "\0abstract", b"\0abstract"):
-        with pytest.raises(ValueError, match="a socket needs a path"):
+        with pytest.raises(ValueError, match="a socket's path can't be empty, abstract or contain NUL"):
             call(name)
-    with pytest.raises(OSError, match="x" * 108) as caught:
+    with pytest.raises(OSError, match=f"'{'x' * 108}' has 108 bytes") as caught:
         call("x" * 108)
     assert caught.value.errno == errno.ENAMETOOLONG
     with pytest.raises(FileNotFoundError) as missing:
@@ -334,6 +335,8 @@ def test_a_relative_path_and_a_path_object(tmp_path, monkeypatch):
     for name in ("sock", Path("sock"), b"sock"):
         with Listener(name) as listener:
             assert listener.path == "sock"
+            monkeypatch.chdir("/")
+        monkeypatch.chdir(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
@@ -401,6 +404,12 @@ def link_to_a_socket(path):
     os.symlink(path + ".target", path)
 
 
+def stale_socket_of_two_names(path):
+    with raw_socket() as stale:
+        stale.bind(path)
+    os.link(path, path + ".other")
+
+
 def stream_in_use(path):
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(path)
@@ -415,6 +424,7 @@ def stream_in_use(path):
         (os.mkdir, errno.EEXIST),
         (os.mkfifo, errno.EEXIST),
         (link_to_a_socket, errno.EEXIST),
+        (stale_socket_of_two_names, errno.EEXIST),
         (stream_in_use, errno.EADDRINUSE),
     ],
 )
@@ -442,6 +452,23 @@ def test_a_stale_socket_of_another_user_is_left_alone(path):
     assert os.path.exists(path)
 
 
+def test_a_socket_that_does_not_listen_yet_is_left_alone(path):
+    with raw_socket() as bound:
+        bound.bind(path)
+        with pytest.raises(OSError, match=path) as caught:
+            Listener(path)
+        assert caught.value.errno == errno.EADDRINUSE
+        bound.listen()
+        with raw_socket() as client:
+            client.connect(path)
+
+
+def test_nobody_is_connected_to_in_order_to_find_out(listener):
+    with pytest.raises(OSError, match=listener.path):
+        Listener(listener.path)
+    assert select.select([listener], [], [], 0) == ([], [], [])
+
+
 def test_close_leaves_what_took_the_place(path):
     listener = Listener(path)
     os.unlink(path)
@@ -459,14 +486,16 @@ def test_close_leaves_what_took_the_place(path):
 
 
 def test_a_locked_folder_is_waited_for_5_s(path, tmp_path, monkeypatch):
-    import fcntl
-
-    monkeypatch.setattr(room, "HANDSHAKE_TIME", 0.1)
+    assert sockets.bind_unix.__kwdefaults__["timeout"] == 5
+    monkeypatch.setitem(sockets.bind_unix.__kwdefaults__, "timeout", 0.1)
+    with raw_socket() as stale:
+        stale.bind(path)
     folder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     with pytest.raises(TimeoutError, match=str(tmp_path)) as caught:
         Listener(path)
     assert caught.value.errno == errno.ETIMEDOUT
+    Listener(tmp_path / "free").close()  # nothing to be replaced, no lock
     os.close(folder)
     Listener(path).close()
 

@@ -1,27 +1,19 @@
 import errno
+import fcntl
 import logging
 import os
 import select
 import signal
 import socket
 import stat
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import eventually
 
-from ipckit.servers import listening
+from ipckit import sockets
 from ipckit.servers.fork import ForkServer
 from ipckit.servers.listening import activated, endpoint, listen, listen_unix, notify
-
-
-@pytest.fixture
-def umask():
-    former = os.umask(0o022)
-    yield os.umask
-    os.umask(former)
 
 
 def talk(address, data=b"hello"):
@@ -86,31 +78,13 @@ def test_a_relative_path_is_removed_wherever_the_process_is_by_then(tmp_path, mo
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o777])
-@pytest.mark.parametrize("mask", [0, 0o022, 0o077, 0o777])
-def test_the_mode_is_as_given_whatever_the_umask(tmp_path, umask, mode, mask):
-    umask(mask)
-    with listen_unix(tmp_path / "sock", mode=mode):
-        assert stat.S_IMODE((tmp_path / "sock").stat().st_mode) == mode
-
-
-def test_it_is_never_wider_open_than_its_mode(tmp_path, umask):
-    """With what strace shows: the file is made by a bind, when the socket has its mode already."""
-    umask(0)
-    (tmp_path / "modes").touch()
-    code = (
-        "import os, socket, sys\n"
-        "from ipckit.servers.listening import listen_unix\n"
-        "seen = []\n"
-        "def look(event, args):\n"
-        "    if event.startswith(('socket.', 'os.')) and os.path.lexists(sys.argv[1]):\n"
-        "        seen.append(os.lstat(sys.argv[1]).st_mode & 0o777)\n"
-        "sys.addaudithook(look)\n"
-        "listen_unix(sys.argv[1], mode=0o600).close()\n"
-        "assert seen and set(seen) == {0o600}, seen\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "sock"], capture_output=True, timeout=20)
-    assert (done.returncode, done.stderr) == (0, b"")
+def test_the_mode_is_as_given_whatever_the_umask(tmp_path):
+    former = os.umask(0o077)
+    try:
+        with listen_unix(tmp_path / "sock", mode=0o666):
+            assert stat.S_IMODE((tmp_path / "sock").stat().st_mode) == 0o666
+    finally:
+        os.umask(former)
 
 
 def test_close_leaves_what_somebody_else_put_there(tmp_path):
@@ -141,6 +115,15 @@ def test_a_child_that_closes_its_copy_does_not_remove_the_file(tmp_path, forked)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
     assert not path.exists()
+
+
+def test_a_detached_descriptor_keeps_the_file(tmp_path):
+    path = tmp_path / "sock"
+    with listen_unix(path) as listener:
+        fd = listener.detach()
+    with socket.socket(fileno=fd), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    assert path.exists()
 
 
 def test_a_server_on_a_socket_file(tmp_path, forked):
@@ -188,63 +171,15 @@ def test_a_living_one_is_not_and_does_not_notice(tmp_path):
         assert caught.value.errno == errno.EADDRINUSE
         assert select.select([listener], [], [], 0) == ([], [], []), "no connection was made to find out"
         assert path.exists()
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
-        with socket.socket(socket.AF_UNIX, kind) as bound:  # and doesn't listen, or not yet
-            bound.bind(str(path))
-            with pytest.raises(OSError, match=str(path)) as caught:
-                listen_unix(path)
-            assert caught.value.errno == errno.EADDRINUSE
-        path.unlink()
 
 
-def make_file(path):
+def test_anything_else_is_refused_and_untouched(tmp_path):
+    """Everything that may be there: tests/test_sockets.py."""
+    path = tmp_path / "sock"
     path.write_text("mine")
-
-
-def make_dangling_link(path):
-    path.symlink_to(path.parent / "nowhere")
-
-
-def make_link_to_a_dead_socket(path):
-    dead_socket(path.parent / "dead")
-    path.symlink_to(path.parent / "dead")
-
-
-def make_dead_socket_of_two_names(path):
-    dead_socket(path)
-    os.link(path, path.parent / "other")
-
-
-@pytest.mark.parametrize(
-    "make, why",
-    [
-        (make_file, "is no socket, but -rw"),
-        (os.mkfifo, "is no socket, but prw"),
-        (os.mkdir, "is no socket, but drwx"),
-        (make_dangling_link, "is no socket, but lrwx"),
-        (make_link_to_a_dead_socket, "is no socket, but lrwx"),
-        (make_dead_socket_of_two_names, "has 2 names"),
-    ],
-)
-def test_anything_else_is_refused_and_untouched(tmp_path, umask, make, why):
-    path = tmp_path / "sock"
-    make(path)
-    before = {name: tuple(os.lstat(tmp_path / name)) for name in os.listdir(tmp_path)}
-    with pytest.raises(FileExistsError, match=f"'{path}' {why}"):
+    with pytest.raises(FileExistsError, match=f"'{path}' is no socket, but -rw"):
         listen_unix(path)
-    after = {name: tuple(os.lstat(tmp_path / name)) for name in os.listdir(tmp_path)}
-    assert after == before
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-def test_another_users_dead_socket_is_refused_and_untouched(tmp_path):
-    path = tmp_path / "sock"
-    dead_socket(path)
-    os.chown(path, 12345, 12345)
-    with pytest.raises(PermissionError, match=f"'{path}' belongs to user 12345, not to 0") as caught:
-        listen_unix(path)
-    assert caught.value.errno == errno.EPERM
-    assert path.exists()
+    assert path.read_text() == "mine"
 
 
 def test_paths_that_can_not_be(tmp_path):
@@ -268,99 +203,16 @@ def test_the_longest_path(tmp_path, monkeypatch):
         assert endpoint(listener) == "unix:" + "x" * 107
 
 
-def test_the_lock_of_the_folder_is_waited_for_but_not_for_ever(tmp_path, monkeypatch):
+def test_a_locked_folder_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    assert sockets.bind_unix.__kwdefaults__["timeout"] == 5
+    monkeypatch.setitem(sockets.bind_unix.__kwdefaults__, "timeout", 0.05)
     dead_socket(tmp_path / "sock")
-    monkeypatch.setattr(listening, "_LOCK_TIME", 0.05)
-    with (
-        listening._locked(str(tmp_path)),
-        pytest.raises(TimeoutError, match=f"lock of '{tmp_path}'") as caught,
-    ):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(TimeoutError, match=f"lock of '{tmp_path}'") as caught:
         listen_unix(tmp_path / "sock")
     assert caught.value.errno == errno.ETIMEDOUT
-    with listening._locked(str(tmp_path)), listen_unix(tmp_path / "free"):
-        pass  # nothing to be replaced, no lock
-
-
-@pytest.mark.parametrize("left", [False, True])
-def test_of_servers_that_race_exactly_one_wins(tmp_path, forked, left):
-    """Round after round six start at once, with and without a dead socket in their way."""
-    path = tmp_path / "sock"
-    racers = 6
-
-    def race(ready, gate):
-        ready()
-        os.read(gate, 1)
-        try:
-            listener = listen_unix(path)
-        except OSError as error:
-            sys.exit(10 if error.errno == errno.EADDRINUSE else 11)
-        with listener:
-            os.write(said, b"w")
-            signal.pause()  # killed here: so it leaves a dead socket for the next round
-
-    for _ in range(8):
-        if not left:
-            path.unlink(missing_ok=True)
-        elif not path.exists():
-            dead_socket(path)
-        gate, opener = os.pipe()
-        told, said = os.pipe()
-        children = [forked(race, gate) for _ in range(racers)]
-        for child in children:
-            child.wait_ready()
-        os.write(opener, b"." * racers)
-        assert select.select([told], [], [], 20)[0], "somebody wins"
-        eventually(lambda: sum(not ended(child) for child in children) == 1)  # noqa: B023
-        running = [child for child in children if not ended(child)]
-        assert [child.wait() for child in children if child not in running] == [10] * (racers - 1)
-        assert os.read(told, 10) == b"w"
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(path))
-        running[0].kill()
-        running[0].wait()
-        for fd in (gate, opener, told, said):
-            os.close(fd)
-
-
-def at(name, call):
-    """Have *call* called when this process does what *name* stands for in Python's audit events."""
-    sys.addaudithook(lambda event, _: call() if event == name else None)
-
-
-def test_nobody_comes_between_the_look_at_a_dead_socket_and_its_removal(tmp_path, forked):
-    path = tmp_path / "sock"
-    dead_socket(path)
-    gate, opener = os.pipe()
-
-    def first(ready):
-        at("os.remove", lambda: (ready(), os.read(gate, 1)))
-        with listen_unix(path) as listener:
-            listener.accept()
-
-    def second(ready):
-        at("fcntl.flock", ready)
-        try:
-            with listen_unix(path):
-                ready()
-        except OSError as error:
-            sys.exit(10 if error.errno == errno.EADDRINUSE else 11)
-
-    one = forked(first)
-    one.wait_ready()
-    two = forked(second)
-    two.wait_ready()
-    os.write(opener, b"..")  # once more when it removes its own
-    assert two.wait() == 10
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(path))
-    assert one.wait() == 0
-    os.close(gate)
-    os.close(opener)
-
-
-def ended(child):
-    """Without reaping it."""
-    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    os.close(folder)
 
 
 # --- activation ----------------------------------------------------------------------------------

@@ -8,10 +8,14 @@ import runpy
 import select
 import signal
 import socket
+import stat
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -1067,6 +1071,434 @@ def test_credentials_of_nobody(tcp):
             with pytest.raises(OSError, match=f"peer_credentials on descriptor {sock.fileno()}") as caught:
                 sockets.peer_credentials(sock)
             assert caught.value.errno == errno.ENOTCONN
+
+
+# --- socket files --------------------------------------------------------------------------------
+
+TYPES = [socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM]
+NOBODY = 65534
+
+
+@pytest.fixture
+def umask():
+    former = os.umask(0o022)
+    yield os.umask
+    os.umask(former)
+
+
+@pytest.fixture
+def bound(tmp_path):
+    """``bound(path, kind=..., mode=...)``: a socket bound by bind_unix(), and its file."""
+    with ExitStack() as opened:
+
+        def bind(path=tmp_path / "sock", kind=socket.SOCK_STREAM, **options):
+            sock = opened.enter_context(socket.socket(socket.AF_UNIX, kind))
+            return sock, sockets.bind_unix(sock, path, **options)
+
+        yield bind
+
+
+def dead_socket(path, kind=socket.SOCK_STREAM):
+    with socket.socket(socket.AF_UNIX, kind) as gone:
+        gone.bind(str(path))
+
+
+HOOKED = {}
+sys.addaudithook(lambda event, _: HOOKED[event]() if event in HOOKED else None)
+
+
+@contextmanager
+def during(event, call):
+    """Have *call* called when this process does what *event* stands for in Python's audit events."""
+    HOOKED[event] = call
+    yield
+    del HOOKED[event]
+
+
+def ended(child):
+    """Without reaping it."""
+    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.lstat(path).st_mode)
+
+
+def contents(folder):
+    return {name: tuple(os.lstat(folder / name)) for name in os.listdir(folder)}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("path_type", [str, os.fsencode, Path])
+def test_a_socket_file_comes_and_goes(tmp_path, bound, kind, path_type):
+    path = tmp_path / "sock"
+    sock, file = bound(path_type(path), kind)
+    assert sock.getsockname() == str(path), "what clients and ss(8) are shown"
+    assert file == (str(path), (path.stat().st_dev, path.stat().st_ino), os.getpid())
+    assert mode_of(path) == 0o600
+    assert file.unlink() is True
+    assert not path.exists()
+    assert file.unlink() is False
+
+
+def test_a_socket_file_of_a_relative_path_goes_wherever_the_process_is_by_then(tmp_path, bound, monkeypatch):
+    (tmp_path / "one" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("one/inner")
+    monkeypatch.chdir(tmp_path)
+    for name, place in (("sock", "sock"), ("link/../sock", "one/sock")):  # the .. of link is one
+        sock, file = bound(name)
+        assert sock.getsockname() == name
+        assert (tmp_path / place).exists()
+        monkeypatch.chdir("/")
+        assert file.unlink()
+        assert not (tmp_path / place).exists()
+        monkeypatch.chdir(tmp_path)
+
+
+def test_a_process_whose_folder_is_gone_binds_by_absolute_paths(tmp_path, bound, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    _, file = bound()
+    assert file.unlink()
+    with pytest.raises(FileNotFoundError):
+        bound("sock")
+
+
+@pytest.mark.parametrize("mode", [0, 0o600, 0o660, 0o666, 0o777])
+@pytest.mark.parametrize("mask", [0, 0o022, 0o077, 0o777])
+def test_the_mode_of_a_socket_file_whatever_the_umask(tmp_path, bound, umask, mode, mask):
+    umask(mask)
+    bound(mode=mode)
+    umask(0o022)
+    assert mode_of(tmp_path / "sock") == mode
+
+
+@pytest.mark.parametrize("mask", [0, 0o022, 0o777])
+def test_a_socket_file_is_never_wider_open_than_its_mode(tmp_path, mask):
+    """Seen at each audit event of CPython, and after each line that runs."""
+    code = (
+        "import os, socket, sys\n"
+        "from ipckit import sockets\n"
+        "seen = []\n"
+        "def look(*_):\n"
+        "    if os.path.lexists(sys.argv[1]):\n"
+        "        seen.append(os.lstat(sys.argv[1]).st_mode & 0o777)\n"
+        "    return look\n"
+        "os.umask(int(sys.argv[2]))\n"
+        "sock = socket.socket(socket.AF_UNIX)\n"
+        "sys.addaudithook(look)\n"
+        "sys.settrace(look)\n"
+        "sockets.bind_unix(sock, sys.argv[1], mode=0o640)\n"
+        "sys.settrace(None)\n"
+        "assert len(seen) > 5 and not any(mode & ~0o640 for mode in seen), seen\n"
+        "assert seen[-1] == 0o640, seen\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "sock", str(mask)]
+    done = subprocess.run(command, capture_output=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_what_somebody_else_put_at_the_path_stays(tmp_path, bound):
+    path = tmp_path / "sock"
+    _, file = bound()
+    path.rename(tmp_path / "moved")
+    assert file.unlink() is False, "nothing there"
+    dead_socket(path)
+    assert file.unlink() is False
+    assert sorted(os.listdir(tmp_path)) == ["moved", "sock"]
+
+
+def test_only_the_maker_removes_a_socket_file(tmp_path, bound, forked):
+    _, file = bound()
+    assert forked(lambda _: sys.exit(7 if file.unlink() is False else 8)).wait() == 7
+    assert file.unlink() is True
+
+
+@pytest.mark.parametrize("ours", TYPES)
+@pytest.mark.parametrize("left", TYPES)
+def test_what_a_dead_process_left_is_replaced(tmp_path, bound, ours, left):
+    path = tmp_path / "sock"
+    dead_socket(path, left)
+    before = path.stat().st_ctime_ns
+    sock, file = bound(kind=ours)
+    assert path.stat().st_ctime_ns > before
+    if ours == socket.SOCK_STREAM:
+        sock.listen()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert file.unlink()
+
+
+@pytest.mark.parametrize("ours", TYPES)
+@pytest.mark.parametrize("theirs", TYPES)
+@pytest.mark.parametrize("listening", [True, False])
+def test_what_a_living_process_has_is_not_and_does_not_notice(tmp_path, bound, ours, theirs, listening):
+    path = tmp_path / "sock"
+    with socket.socket(socket.AF_UNIX, theirs) as alive:
+        alive.bind(str(path))
+        if listening and theirs != socket.SOCK_DGRAM:
+            alive.listen(0)
+        before = contents(tmp_path)
+        with pytest.raises(OSError, match=f"'{path}'$") as caught:
+            bound(kind=ours)
+        assert caught.value.errno == errno.EADDRINUSE
+        assert contents(tmp_path) == before
+        if listening:
+            assert select.select([alive], [], [], 0) == ([], [], []), "no connection was made to find out"
+
+
+def make_file(path):
+    path.write_text("mine")
+
+
+def make_dangling_link(path):
+    path.symlink_to(path.parent / "nowhere")
+
+
+def make_link_to_a_dead_socket(path):
+    dead_socket(path.parent / "dead")
+    path.symlink_to(path.parent / "dead")
+
+
+def make_dead_socket_of_two_names(path):
+    dead_socket(path)
+    os.link(path, path.parent / "other")
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (make_file, "is no socket, but -rw"),
+        (os.mkfifo, "is no socket, but prw"),
+        (os.mkdir, "is no socket, but drwx"),
+        (make_dangling_link, "is no socket, but lrwx"),
+        (make_link_to_a_dead_socket, "is no socket, but lrwx"),
+        (make_dead_socket_of_two_names, "has 2 names"),
+    ],
+)
+def test_anything_else_is_refused_and_untouched(tmp_path, bound, umask, make, why):
+    path = tmp_path / "sock"
+    make(path)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=f"'{path}' {why}"):
+        bound()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_another_users_dead_socket_is_refused_and_untouched(tmp_path, bound):
+    path = tmp_path / "sock"
+    dead_socket(path)
+    os.chown(path, 12345, 12345)
+    before = contents(tmp_path)
+    with pytest.raises(PermissionError, match=f"'{path}' belongs to user 12345, not to 0") as caught:
+        bound()
+    assert caught.value.errno == errno.EPERM
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("own_mode, folder_mode, named", [(0, 0o755, "/sock'$"), (0o600, 0o333, "work'$")])
+def test_a_dead_socket_that_may_not_be_asked(forked, own_mode, folder_mode, named):
+    """By its own mode, or in a folder that may not be locked. Not as root, who may."""
+
+    def bind_twice(_ready):
+        if os.geteuid() == 0:
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.mkdir(work)
+        dead_socket(f"{work}/sock")
+        os.chmod(f"{work}/sock", own_mode)
+        os.chmod(work, folder_mode)
+        with socket.socket(socket.AF_UNIX) as sock:
+            with pytest.raises(PermissionError, match=named) as caught:
+                sockets.bind_unix(sock, f"{work}/sock")
+            assert caught.value.errno == errno.EACCES
+            assert mode_of(f"{work}/sock") == own_mode
+            assert sockets.bind_unix(sock, f"{work}/free").unlink()
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = f"{folder}/work"
+        os.chmod(folder, 0o777)
+        assert forked(bind_twice).wait() == 0
+        os.chmod(work, 0o755)
+
+
+def test_paths_and_modes_that_can_not_be(tmp_path, bound):
+    for name in ("", "\0abstract", b"\0abstract", "in\0side"):
+        for call in (bound, sockets.check_path):
+            with pytest.raises(
+                ValueError, match="a socket's path can't be empty, abstract or contain NUL: '"
+            ):
+                call(name)
+    long = f"{tmp_path}/{'x' * 200}"[:108]
+    for call in (bound, sockets.check_path):
+        with pytest.raises(OSError, match=f"'{long}' has 108 bytes, a socket's path at most 107") as caught:
+            call(long)
+        assert caught.value.errno == errno.ENAMETOOLONG
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/nowhere/sock'"):
+        bound(tmp_path / "nowhere" / "sock")
+    for mode, shown in ((0o1600, "0o1600"), (-1, "-0o1")):
+        with pytest.raises(ValueError, match=f"mode must be 0 to 0o777, not {shown}"):
+            bound(mode=mode)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_path_is_counted_in_bytes(tmp_path, bound, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sockets.check_path(b"\xff") == os.fsdecode(b"\xff")
+    for name in ("x" * 107, "ä" * 53 + "x", b"\xff" * 107):
+        assert bound(name)[1].unlink()
+    with pytest.raises(OSError, match="has 108 bytes") as caught:
+        bound("ä" * 54)
+    assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_sockets_that_can_not_be_bound(tmp_path, bound):
+    sock, _ = bound(tmp_path / "first")
+    with pytest.raises(OSError, match=f"'{tmp_path}/second'$") as caught:
+        sockets.bind_unix(sock, tmp_path / "second")
+    assert caught.value.errno == errno.EINVAL
+    sock.close()
+    with pytest.raises(OSError) as caught:
+        sockets.bind_unix(sock, tmp_path / "second")
+    assert caught.value.errno == errno.EBADF
+    with socket.socket() as tcp, pytest.raises(TypeError):
+        sockets.bind_unix(tcp, tmp_path / "second")
+    assert os.listdir(tmp_path) == ["first"]
+
+
+def test_a_file_that_can_not_get_its_mode_goes_again(tmp_path, forked):
+    def bind(_ready):
+        with socket.socket(socket.AF_UNIX) as sock:
+            free = os.dup(sock.fileno())
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+            os.umask(0o777)
+            with pytest.raises(OSError, match=str(tmp_path)) as caught:
+                sockets.bind_unix(sock, tmp_path / "sock")
+            assert caught.value.errno == errno.EMFILE
+
+    assert forked(bind).wait() == 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_locked_folder_is_waited_for_but_not_for_ever(tmp_path, bound):
+    dead_socket(tmp_path / "sock")
+    before = contents(tmp_path)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    for timeout in (0, 0.05):
+        with pytest.raises(TimeoutError, match=f"lock of '{tmp_path}'") as caught:
+            bound(timeout=timeout)
+        assert caught.value.errno == errno.ETIMEDOUT
+    assert contents(tmp_path) == before
+    bound(tmp_path / "free", timeout=0)  # nothing to be replaced, no lock
+    os.close(folder)
+    assert bound(timeout=0)[1].unlink()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_lock_of_the_folder_is_given_back_whoever_has_a_copy(tmp_path, bound, forked, refused):
+    """A child that another thread forks meanwhile, for one."""
+    path = tmp_path / "sock"
+    dead_socket(path)
+    if refused:
+        os.link(path, tmp_path / "other")
+    children = []
+
+    def fork_once():
+        if not children:
+            children.append(None)
+            children.append(forked(lambda _: signal.pause()))
+
+    with during("fcntl.flock", fork_once):
+        if refused:
+            with pytest.raises(FileExistsError, match="has 2 names"):
+                bound()
+            os.unlink(tmp_path / "other")
+        else:
+            bound()[1].unlink()
+            dead_socket(path)  # the child has that which was bound
+        bound(timeout=0)
+    assert not ended(children[1])
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_of_those_that_race_for_a_path_exactly_one_wins(tmp_path, forked, left):
+    """Round after round six start at once, with and without a dead socket in their way."""
+    path = tmp_path / "sock"
+    racers = 6
+
+    def race(ready, gate):
+        with socket.socket(socket.AF_UNIX) as sock:
+            ready()
+            os.read(gate, 1)
+            try:
+                sockets.bind_unix(sock, path)
+            except OSError as error:
+                sys.exit(10 if error.errno == errno.EADDRINUSE else 11)
+            sock.listen()
+            os.write(said, b"w")
+            signal.pause()  # killed here: so it leaves a dead socket for the next round
+
+    for _ in range(8):
+        if not left:
+            path.unlink(missing_ok=True)
+        elif not path.exists():
+            dead_socket(path)
+        gate, opener = os.pipe()
+        told, said = os.pipe()
+        children = [forked(race, gate) for _ in range(racers)]
+        for child in children:
+            child.wait_ready()
+        os.write(opener, b"." * racers)
+        assert select.select([told], [], [], PATIENCE)[0], "somebody wins"
+        eventually(lambda: sum(not ended(child) for child in children) == 1)  # noqa: B023
+        running = [child for child in children if not ended(child)]
+        assert [child.wait() for child in children if child not in running] == [10] * (racers - 1)
+        assert os.read(told, 10) == b"w"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        running[0].kill()
+        running[0].wait()
+        for fd in (gate, opener, told, said):
+            os.close(fd)
+
+
+def test_nobody_comes_between_the_look_at_a_dead_socket_and_its_removal(tmp_path, forked):
+    path = tmp_path / "sock"
+    dead_socket(path)
+    gate, opener = os.pipe()
+
+    def first(ready):
+        with socket.socket(socket.AF_UNIX) as sock:
+            with during("os.remove", lambda: (ready(), os.read(gate, 1))):
+                sockets.bind_unix(sock, path)
+            sock.listen()
+            sock.accept()
+
+    def second(ready):
+        with socket.socket(socket.AF_UNIX) as sock, during("fcntl.flock", ready):
+            try:
+                sockets.bind_unix(sock, path)
+            except OSError as error:
+                sys.exit(10 if error.errno == errno.EADDRINUSE else 11)
+
+    one = forked(first)
+    one.wait_ready()
+    two = forked(second)
+    two.wait_ready()
+    os.write(opener, b".")
+    assert two.wait() == 10
+
+    def reached():
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(path)) == 0
+
+    eventually(reached)  # bound, but perhaps not yet listening, when the second gave up
+    assert one.wait() == 0
+    os.close(gate)
+    os.close(opener)
 
 
 # --- the example ---------------------------------------------------------------------------------

@@ -5,23 +5,19 @@ All give listening stream sockets, which any server of ``ipckit.servers`` takes,
 """
 
 import errno
-import fcntl
 import logging
 import os
 import socket
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from typing import Any
 
-from ipckit import wait
 from ipckit.errors import check
+from ipckit.sockets import SocketFile, bind_unix
 
 __all__ = ["UnixListener", "activated", "endpoint", "listen", "listen_unix", "notify"]
 
-_LONGEST_PATH = 107  # bytes in sun_path of unix(7), less the NUL
-_LOCK_TIME = 5.0
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 _ACTIVATION = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
@@ -66,18 +62,19 @@ class UnixListener(socket.socket):
     somebody put in its place. ``detach()`` and ``dup()`` leave the file alone.
     """
 
-    _file: "tuple[str, int, tuple[int, int]] | None" = None  # path, its maker, what _birth() says
+    _file: SocketFile | None = None
 
     def close(self) -> None:
         """Remove the file, stop listening; again does nothing."""
         file, self._file = self._file, None
         if file is not None:
-            path, maker, birth = file
-            # Before it is closed: while it is bound, nobody replaces the file between look and unlink.
-            with suppress(OSError):
-                if maker == os.getpid() and _birth(path) == birth:
-                    os.unlink(path)
+            file.unlink()
         super().close()
+
+    def detach(self) -> int:
+        """As of any socket; who takes the descriptor has the file, too."""
+        self._file = None
+        return super().detach()
 
 
 def listen_unix(
@@ -90,122 +87,17 @@ def listen_unix(
 
     Args: mode: permissions of the file, whatever the umask, and never more; who may write it may
         connect. backlog: see listen(2).
-    Raises: OSError EADDRINUSE if somebody has a socket there; EEXIST for anything else there, a link or a
-        socket file with several names; EPERM if what is there belongs to another user; ENAMETOOLONG for
-        more than 107 bytes; ENOENT, EACCES for the folder; TimeoutError (ETIMEDOUT) if another process
-        holds the lock of the folder; ValueError for an empty or abstract path, or another mode.
+    Raises: as ipckit.sockets.bind_unix(): OSError EADDRINUSE if somebody has a socket there; EEXIST for
+        anything else there, EPERM for another user's; ENAMETOOLONG for more than 107 bytes; ENOENT, EACCES;
+        TimeoutError (ETIMEDOUT); ValueError for an empty or abstract path, or another mode.
     Fork: a child may accept; only the maker's close() removes the file. See unix(7).
     """
-    name = _check_path(path)
-    if not 0 <= mode <= 0o777:
-        raise ValueError(f"mode must be 0 to 0o777, not {mode:#o}")
     with ExitStack() as undo:
         listener = undo.enter_context(UnixListener(socket.AF_UNIX, socket.SOCK_STREAM))
-        os.fchmod(listener.fileno(), mode)  # Linux gives this to the file, less the umask
-        _bind(listener, name)
-        listener._file = (os.path.abspath(name), os.getpid(), _birth(name))
-        _set_mode(name, mode)
+        listener._file = bind_unix(listener, path, mode=mode)
         listener.listen(backlog)
         undo.pop_all()
     return listener
-
-
-def _check_path(path: "str | bytes | os.PathLike[Any]") -> str:
-    name = os.fsdecode(path)
-    if not name or "\0" in name:
-        raise ValueError(f"a socket's path can't be empty, abstract or contain NUL: {name!r}")
-    size = len(os.fsencode(name))
-    if size > _LONGEST_PATH:
-        check(-errno.ENAMETOOLONG, f"{name!r} has {size} bytes, a socket's path at most {_LONGEST_PATH}")
-    return name
-
-
-def _birth(path: str) -> "tuple[int, int]":
-    found = os.lstat(path)
-    return found.st_dev, found.st_ino
-
-
-def _bind(listener: socket.socket, path: str) -> None:
-    if _is_bound(listener, path):
-        return
-    # bind(2) is exclusive, replacing isn't: of two who found the same dead file the second would remove
-    # the file that the first has just made.
-    with _locked(os.path.dirname(path) or "."):
-        _make_way(path)
-        if not _is_bound(listener, path):
-            check(-errno.EADDRINUSE, path)
-
-
-def _is_bound(listener: socket.socket, path: str) -> bool:
-    """Bind; False if there is something at *path*."""
-    try:
-        listener.bind(path)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return False
-        check(-(error.errno or 0), path)  # the same, with the path
-    return True
-
-
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _lock(fd, folder)
-        yield
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked by another thread has a copy of the descriptor
-        os.close(fd)
-
-
-def _lock(fd: int, folder: str) -> None:
-    end = wait.deadline(_LOCK_TIME)
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if wait.remaining(end) == 0:
-                check(-errno.ETIMEDOUT, f"lock of {folder!r}")
-            time.sleep(0.002)
-
-
-def _make_way(path: str) -> None:
-    """Remove a dead socket of ours; refuse anything else, and leave it as it is."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(found.st_mode):
-        check(-errno.EEXIST, f"{path!r} is no socket, but {stat.filemode(found.st_mode)}")
-    if found.st_uid != os.geteuid():
-        check(-errno.EPERM, f"{path!r} belongs to user {found.st_uid}, not to {os.geteuid()}")
-    if found.st_nlink != 1:
-        check(-errno.EEXIST, f"{path!r} has {found.st_nlink} names")
-    if not _is_dead(path):
-        check(-errno.EADDRINUSE, path)
-    os.unlink(path)
-
-
-def _is_dead(path: str) -> bool:
-    """Whether no process has the socket of this file.
-
-    A datagram socket can't connect to a stream (EPROTOTYPE), so a living server notices nothing of
-    this, and one that is bound and doesn't listen yet isn't taken for dead.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
-        return probe.connect_ex(path) == errno.ECONNREFUSED
-
-
-def _set_mode(path: str, mode: int) -> None:
-    """Give back what the umask took. Not through a link that somebody put there meanwhile."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        if stat.S_ISSOCK(found.st_mode) and stat.S_IMODE(found.st_mode) != mode:
-            os.chmod(f"/proc/self/fd/{fd}", mode)
-    finally:
-        os.close(fd)
 
 
 # --- a service manager ---------------------------------------------------------------------------
