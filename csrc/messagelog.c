@@ -337,7 +337,7 @@ static int lock_for(ik_log *log, ik_append *append, int64_t deadline_ns) {
     if (deadline_ns != IK_NOW)
         let_logger_go_first(log);
     int rc = lock(log->shared, deadline_ns);
-    if (rc == -ETIMEDOUT && watch(log, &log->shared->awaits_lock))
+    if (rc == -ETIMEDOUT && deadline_ns == IK_NOW && watch(log, &log->shared->awaits_lock))
         rc = lock(log->shared, IK_NOW);
     append->locked = rc == 0;
     return rc;
@@ -407,11 +407,13 @@ static int await_done(ik_log *log, const ik_append *append, int64_t deadline_ns)
     }
 }
 
-/* The time is up: -ETIMEDOUT, or what came in the last moment. */
-static int give_time_up(ik_log *log, const ik_append *append) {
+/* The time is up: -ETIMEDOUT, or what came in the last moment. Only a loop wants to be rung. */
+static int give_time_up(ik_log *log, const ik_append *append, int64_t deadline_ns) {
     if (reader_is_gone(log))
         return -EPIPE;
-    return watch(log, &log->shared->awaits_done) ? await_done(log, append, IK_NOW) : -ETIMEDOUT;
+    if (deadline_ns == IK_NOW && watch(log, &log->shared->awaits_done))
+        return await_done(log, append, IK_NOW);
+    return -ETIMEDOUT;
 }
 
 int ik_log_append(ik_log *log, ik_append *append, int64_t deadline_ns) {
@@ -429,7 +431,7 @@ int ik_log_append(ik_log *log, ik_append *append, int64_t deadline_ns) {
     }
     append->full = 0;
     int rc = await_done(log, append, deadline_ns);
-    return rc == -ETIMEDOUT ? give_time_up(log, append) : rc;
+    return rc == -ETIMEDOUT ? give_time_up(log, append, deadline_ns) : rc;
 }
 
 void ik_log_abandon(ik_log *log, ik_append *append) {

@@ -77,14 +77,14 @@ size_t ik_log_format_record(char *line, const void *data, size_t len, const char
  * -EINTR: run signal handlers, call again; -ETIMEDOUT; -EPIPE: no logger and no supervisor;
  * -EIO and others: fdatasync failed, nothing is promised of this file any more.
  *
- * With IK_NOW it never waits, so an event loop can use it: after -ETIMEDOUT it does other things
- * until writer is ready for POLLOUT (append->full) or else acked for POLLIN, which it reads empty
- * first, and calls again with the same append. It also calls again after 100 ms without either:
- * who was to ring acked may have been killed before it did. A message up to PIPE_BUF is whole in
- * the pipe (sent == len) or not at all (sent == 0): then nothing is held, and data may be given up,
- * or another text put in its place. Longer ones hold the lock while they are in their middle, and
- * only the thread that began can go on: a loop should not append any.
- * Of several loops that poll acked, one may read it before the other has seen it; with an
+ * With IK_NOW, no other deadline, it never waits, so an event loop can use it: after -ETIMEDOUT it
+ * does other things until writer is ready for POLLOUT (append->full) or else acked for POLLIN,
+ * which it reads empty first, and calls again with the same append. It also calls again after 100
+ * ms without either: who was to ring acked may have been killed before it did. A message up to
+ * PIPE_BUF is whole in the pipe (sent == len) or not at all (sent == 0): then nothing is held, and
+ * data may be given up, or another text put in its place. Longer ones hold the lock while they are
+ * in their middle, and only the thread that began can go on: a loop should not append any. Of
+ * several loops that poll acked, one may read it before the other has seen it; with an
  * edge-triggered epoll nobody need read it. */
 int ik_log_append(ik_log *log, ik_append *append, int64_t deadline_ns);
 

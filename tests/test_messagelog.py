@@ -1062,6 +1062,11 @@ def test_nobody_is_rung_for_who_waits_in_append(tmp_path):
         hear_first_ring(log)
         for _ in range(100):
             log.append(b"x")
+        stop(log.logger)
+        with pytest.raises(TimeoutError):
+            log.append(b"late", timeout=0.01)
+        log.logger.send_signal(signal.SIGCONT)
+        log.append(b"x")
         assert select.select([log.acked], [], [], 0)[0] == []
 
 
