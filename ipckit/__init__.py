@@ -39,6 +39,7 @@ from ipckit.errors import Closed as Closed
 from ipckit.errors import Corrupt as Corrupt
 from ipckit.errors import PeerDied as PeerDied
 from ipckit.memory import SharedMemory as SharedMemory
+from ipckit.messagelog import Append as Append
 from ipckit.messagelog import LogStats as LogStats
 from ipckit.messagelog import LogWriter as LogWriter
 from ipckit.messagelog import MessageLog as MessageLog

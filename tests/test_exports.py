@@ -5,7 +5,6 @@ import ipckit
 
 # Too general a name at the top, or of use to those only who know the room: found in the room.
 IN_THE_ROOM = {
-    "messagelog": {"Append"},
     "memory": {
         "Mapping",
         "Views",

@@ -86,11 +86,7 @@ class ForkServer(Server):
         self._let_go()
 
     def _start_child(self) -> Child:
-        keep = (
-            (self._native.socket, self._job.log.writer, self._job.log.wake)
-            if self._log
-            else (self._native.socket,)
-        )
+        keep = (self._native.socket, *self._terms.log_descriptors)
         if self._terms.native_service:
             return fork_native(_CHILD, self._job, keep=keep, memory=self._memory)
         return fork(self._serve_in_child, die_with_parent=True)

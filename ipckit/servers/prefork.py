@@ -126,7 +126,7 @@ class PreforkServer(Server):
         self._terms.fill(ffi.addressof(job, "form"))
         if self._log:
             job.log, job.form.log = self._log.native[0], ffi.addressof(job, "log")
-            self._keep += [job.log.writer, job.log.wake]
+            self._keep += self._terms.log_descriptors
         self._keep += [number for number in (job.bell, job.events) if number >= 0]
 
     # --- growing and shrinking
