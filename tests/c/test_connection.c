@@ -26,7 +26,9 @@ static ik_log open_log(int format) {
     assert(pipe2(fd, O_CLOEXEC) == 0 && memory >= 0);
     assert(fcntl(fd[1], F_SETFL, O_NONBLOCK) == 0 && fcntl(fd[1], F_SETPIPE_SZ, 4096) == 4096);
     assert(ftruncate(memory, (off_t)ik_log_shared_size()) == 0);
-    ik_log log = {.reader = fd[0], .writer = fd[1], .file = -1, .format = format};
+    ik_log log = {
+        .reader = fd[0], .writer = fd[1], .file = -1, .acked = -1, .told = -1, .tell = -1};
+    log.format = format;
     log.wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     log.durability = IK_LOG_NONE;
     log.shared = ik_log_map(memory);
@@ -297,6 +299,96 @@ static void a_unix_peer_is_its_process(void) {
     close(listener);
 }
 
+/* --- threads, and who receives and sends by itself ---------------------------------------------*/
+
+static uint64_t read_number(int told) {
+    uint64_t number;
+    assert(read(told, &number, sizeof number) == sizeof number);
+    return number;
+}
+
+static void a_thread_serves_and_tells(void) {
+    int client, told[2];
+    assert(pipe2(told, O_CLOEXEC) == 0);
+    ik_log log = open_log(IK_LOG_RAW);
+    ik_connection c = connect_to(&client, &log);
+    ik_connection_thread thread = {.connection = &c, .told = told[1]};
+    char back[10], logged[10];
+    assert(ik_connection_start_thread(&thread) == 0);
+    assert(send(client, "hello", 5, 0) == 5);
+    assert(recv(client, back, 5, MSG_WAITALL) == 5 && memcmp(back, "hello", 5) == 0);
+    ik_connection_tick(&c, 1);
+    ik_connection_stop(&c);
+    assert(read_number(told[0]) == 7);
+    ik_connection_join(&thread);
+    assert(recv(client, back, 1, 0) == 0); /* it has hung up */
+    ik_connection_stop(&c);                /* and the number is still its own */
+    assert(c.socket >= 0 && c.end == IK_END_DONE);
+    ik_connection_close(&c);
+    assert(counters.ends[IK_END_DONE] == 1 && counters.echoes == 1);
+    assert(read(log.reader, logged, sizeof logged) == 5);
+    close_log(&log);
+    close(client);
+    close(told[0]);
+    close(told[1]);
+}
+
+/* It waits for the log, the client, or to send: it ends all the same. */
+static void a_thread_is_cut(int size, const char *first, size_t len) {
+    int client, told[2];
+    char much[IK_PIECE] = {0};
+    assert(pipe2(told, O_CLOEXEC) == 0);
+    ik_log log = open_log(IK_LOG_RAW);
+    if (size > 0)
+        assert(write(log.writer, much, (size_t)size) == size);
+    ik_connection c = connect_to(&client, size > 0 ? &log : NULL);
+    ik_connection_thread thread = {.connection = &c, .told = told[1]};
+    assert(ik_connection_start_thread(&thread) == 0);
+    for (int i = 0; len > 0 && i < 20; i++)
+        if (send(client, first, len, MSG_DONTWAIT) < 0)
+            break;
+    assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + 50000000) == -ETIMEDOUT); /* not by itself */
+    ik_connection_cut(&c);
+    assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + 10000000000) > 0);
+    ik_connection_join(&thread);
+    ik_connection_close(&c);
+    assert(c.end == IK_END_CUT && counters.ends[IK_END_CUT] == 1);
+    close_log(&log);
+    close(client);
+    close(told[0]);
+    close(told[1]);
+}
+
+static void the_caller_receives_and_sends(int format) {
+    int client;
+    ik_log log = open_log(format);
+    ik_connection c = connect_to(&client, &log);
+    char full[IK_PIECE] = {0}, line[2 * IK_PIECE];
+    assert(ik_connection_most(&c) < IK_PIECE || format == IK_LOG_RAW);
+    assert(write(log.writer, full, sizeof full) == sizeof full);
+    assert(ik_connection_take(&c, "piece", 5) == IK_STEP_LOG);
+    assert(ik_connection_take(&c, "piece", 5) == IK_STEP_LOG && counters.echoes == 0);
+    c.idle_ns = 1;
+    ik_connection_tick(&c, 1LL << 60); /* it is the log that is waited for */
+    assert(c.expired == 0);
+    assert(read(log.reader, line, sizeof full) == sizeof full);
+    assert(ik_connection_take(&c, "piece", 5) == IK_STEP_PIECE);
+    assert(counters.echoes == 1 && counters.bytes == 5);
+    ssize_t n = read(log.reader, line, sizeof line);
+    assert(format == IK_LOG_RAW ? n == 5 : n > 5 && line[n - 1] == '\n');
+    c.max_output = 10;
+    assert(ik_connection_answered(&c, 10, 0) == IK_STEP_READ && c.end == IK_END_OPEN);
+    assert(ik_connection_answered(&c, 10, 1) == IK_STEP_LINGER && c.end == IK_END_DONE);
+    assert(ik_connection_answered(&c, 11, 0) == IK_STEP_ENDED && c.end == IK_END_TOO_MUCH);
+    assert(ik_connection_lost(&c, 0) == IK_STEP_ENDED && c.end == IK_END_RESET);
+    c.expired = IK_END_IDLE;
+    assert(ik_connection_lost(&c, 1) == IK_STEP_ENDED && c.end == IK_END_NOT_READ);
+    assert(ik_connection_finish(&c) == IK_STEP_ENDED && c.end == IK_END_IDLE);
+    ik_connection_close(&c);
+    close_log(&log);
+    close(client);
+}
+
 int main(void) {
     one_piece_a_step();
     what_the_client_does_not_take_is_kept();
@@ -311,5 +403,12 @@ int main(void) {
     name_of(AF_INET6, "::1");
     name_of(AF_INET6, "::ffff:127.0.0.1");
     a_unix_peer_is_its_process();
+    a_thread_serves_and_tells();
+    a_thread_is_cut(0, "", 0);
+    a_thread_is_cut(IK_PIECE, "log", 3);
+    char much[IK_PIECE] = {0};
+    a_thread_is_cut(0, much, sizeof much);
+    the_caller_receives_and_sends(IK_LOG_RAW);
+    the_caller_receives_and_sends(IK_LOG_RECORD);
     return 0;
 }
