@@ -165,7 +165,7 @@ int ik_connection_finish(ik_connection *c) {
     /* Closing a socket with unread input sends a reset, which may overtake our last answer. */
     if (c->end != IK_END_DONE || !(get(&c->stopping) || c->closing))
         return IK_STEP_ENDED;
-    c->state = LINGERING;
+    set(&c->state, LINGERING);
     c->linger_until_ns = ik_wait_now() + LINGER_NS;
     return IK_STEP_LINGER;
 }
@@ -180,7 +180,7 @@ static void begin_piece(ik_connection *c, const char *piece, size_t len) {
     c->piece_len = c->len = len;
     c->sent = 0;
     c->append = (ik_append){0};
-    c->state = len > 0 && c->log ? LOGGING : ANSWERING;
+    set(&c->state, len > 0 && c->log ? LOGGING : ANSWERING);
 }
 
 static int receive(ik_connection *c, char *block) {
@@ -243,7 +243,7 @@ static int log_piece(ik_connection *c) {
         return ik_connection_abort(c,
                                    get(&c->expired) == IK_END_CUT ? IK_END_CUT : IK_END_LOG_FAILED);
     }
-    c->state = ANSWERING;
+    set(&c->state, ANSWERING);
     return -EAGAIN;
 }
 
@@ -276,7 +276,7 @@ static int answer(ik_connection *c) {
         return wanted;
     if (c->kept)
         forget_kept(c);
-    c->state = READING;
+    set(&c->state, READING);
     return c->closing ? ik_connection_finish(c) : IK_STEP_READ;
 }
 
@@ -300,7 +300,7 @@ int ik_connection_step(ik_connection *c, char *block) {
         }
         return c->piece_len ? IK_STEP_PIECE : IK_STEP_LAST;
     }
-    c->state = SENDING;
+    set(&c->state, SENDING);
     return answer(c);
 }
 
@@ -311,10 +311,10 @@ int ik_connection_answer(ik_connection *c, const char *data, size_t len, int clo
     c->data = data;
     c->len = len;
     c->sent = 0;
-    c->state = SENDING;
+    set(&c->state, SENDING);
     if (len > 0)
         return answer(c);
-    c->state = READING;
+    set(&c->state, READING);
     return closing ? ik_connection_finish(c) : IK_STEP_READ;
 }
 
@@ -329,7 +329,7 @@ int ik_connection_take(ik_connection *c, const char *piece, size_t len) {
         if (wanted != -EAGAIN)
             return wanted;
     }
-    c->state = READING;
+    set(&c->state, READING);
     if (c->echoes)
         ik_connection_answered(c, len, 0);
     return IK_STEP_PIECE;
