@@ -36,6 +36,11 @@ class Raises(Service):
         raise RuntimeError(f"no use for {piece!r}")
 
 
+class CannotBegin(Service):
+    def __init__(self):
+        raise RuntimeError("nothing to begin with")
+
+
 class Floods(Service):
     def received(self, piece):
         return bytes(2000)
@@ -92,6 +97,15 @@ def test_a_service_that_raises_costs_only_its_own_connection(serving, capfd):
             assert exchange(client, b"x", 1) == b""
     stop(running)
     assert "RuntimeError: no use for b'x'" in capfd.readouterr().err
+
+
+def test_a_service_that_cannot_be_made(serving, capfd):
+    address, running = serving(CannotBegin, {"service failed": 2})
+    for _ in range(2):
+        with socket.create_connection(address, timeout=20) as client:
+            assert client.recv(1) == b""
+    stop(running)
+    assert "RuntimeError: nothing to begin with" in capfd.readouterr().err
 
 
 def test_too_long_an_answer_is_not_sent(serving):

@@ -117,7 +117,7 @@ class _Client(Connection, asyncio.BufferedProtocol):
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         transport.set_write_buffer_limits(0)  # pause_writing() as soon as anything is unsent
-        if self.service is not None:
+        if not self.native.echoes:
             self._go_on(self.start())
             if self._full:  # CPython 3.10 and uvloop begin to read after this all the same
                 self._server.loop.after(0, self._pause_again)

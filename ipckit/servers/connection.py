@@ -96,22 +96,19 @@ class Connection:
         block: IK_PIECE bytes for the pieces; connections that take turns share one.
     """
 
-    __slots__ = ("__weakref__", "_block", "native", "service")
+    __slots__ = ("__weakref__", "_block", "_kind", "native", "service")
 
     def __init__(self, terms: Terms, native: Any, block: Any) -> None:
         self.native = native
         self._block = block
-        self.service: Service | None = None if native.echoes else self._new(terms.service)
+        self._kind = terms.service
+        self.service: Service | None = None
+        """of this client, from start() on, unless C does it"""
 
     @classmethod
     def accept(cls, terms: Terms, listener: socket.socket, block: Any) -> "Self":
         """The next client of *listener*. Raises: OSError of accept(2), EAGAIN if there is none."""
         return cls(terms, accept(terms.new(), listener), block)
-
-    def _new(self, kind: "type[Service]") -> Service:
-        service = kind()
-        service.peer, service.number = self.peer, self.number
-        return service
 
     def fileno(self) -> int:
         number: int = self.native.socket
@@ -134,9 +131,12 @@ class Connection:
 
     def start(self) -> int:
         """Greet the client, as the service does; as step()."""
-        if self.service is None:
-            return int(lib.IK_STEP_READ)
-        return self._answer(self.service.started)
+        return int(lib.IK_STEP_READ) if self.native.echoes else self._answer(self._started)
+
+    def _started(self) -> bytes:
+        self.service = service = self._kind()
+        service.peer, service.number = self.peer, self.number
+        return service.started()
 
     def step(self) -> int:
         """Go on, at most a piece: what it waits for (an ``ik_connection_step``), or IK_STEP_ENDED."""
@@ -150,9 +150,10 @@ class Connection:
         return self._answer(self.service.received, bytes(ffi.buffer(self._block, self.native.piece_len)))
 
     def _answer(self, method: Any, *piece: bytes) -> int:
-        assert self.service is not None
         try:
-            rc = self._send(method(*piece), self.service.closing)
+            answer = method(*piece)
+            assert self.service is not None
+            rc = self._send(answer, self.service.closing)
         except Exception:
             _log.exception("connection %d from %s: the service failed", self.number, self.peer)
             rc = lib.ik_connection_abort(self.native, lib.IK_END_SERVICE_FAILED)
@@ -167,7 +168,7 @@ class Connection:
         Returns: the end, as C numbers them.
         """
         self.native.blocking = True
-        if self.service is None:
+        if self.native.echoes:
             return int(lib.ik_connection_run(self.native))
         self.serve()
         self.close()
