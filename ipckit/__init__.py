@@ -7,7 +7,7 @@ The rooms, lowest first; each imports only from those before it:
     wait        timeouts as one deadline per operation; waiting for a descriptor
     endpoints   the verbs that all have which messages go into or come out of
     vectored    readv, writev and variants that move everything
-    sockets     flags, time limits, urgent data, descriptors and credentials on any socket
+    sockets     flags, time limits, urgent data, descriptors, credentials, socket files
     pipes       framed messages and bytes over one pipe and over two; splice, tee
     signals     sigaction with its flags and siginfo, signals by descriptor, sigqueue
     process     fork, children held by a pidfd, the reaper
