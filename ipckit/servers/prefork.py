@@ -13,35 +13,26 @@ Every message reaches the log before its echo reaches the client.
 
 import logging
 import os
-import random
 import signal
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 from ipckit._native import ffi, lib
 from ipckit.messagelog import MessageLog
-from ipckit.process import Child, ExitStatus, NativeMemory, Reaper, fork, fork_native
-from ipckit.servers.connection import ENDS, Connection, new_block
+from ipckit.process import Child, ExitStatus, Reaper
+from ipckit.servers.connection import ENDS
 from ipckit.servers.loop import READ
 from ipckit.servers.scoreboard import Backoff, Events, Scoreboard
 from ipckit.servers.server import Server, event, tells_of_connections
+from ipckit.servers.worker import Maker, Worker
 
 __all__ = ["PreforkServer"]
 
 _WORKER = ffi.addressof(lib, "ik_prefork_run")
 _SHRINK_EVERY = 0.1  # seconds
 _CALM = 1.0  # seconds since it last grew; clients come in waves
-
-
-@dataclass(eq=False)
-class _Worker:
-    child: Child
-    index: int  # in the scoreboard
-    born: float
-    retired: bool = False
 
 
 class PreforkServer(Server):
@@ -88,8 +79,8 @@ class PreforkServer(Server):
         self._board = Scoreboard(self._max_connections, min_spare)
         self._backoff = Backoff()
         self._reaper = Reaper()
-        self._pool: dict[Child, _Worker] = {}
-        self._newest: _Worker | None = None
+        self._pool: dict[Child, Worker] = {}
+        self._newest: Worker | None = None
         self._owed = 0  # workers that died and are not replaced yet
         self._shrinking = False
         self._grew = 0.0
@@ -103,31 +94,19 @@ class PreforkServer(Server):
         return len(self._reaper)
 
     def _begin(self) -> None:
-        self._hang_bell()
+        bell = self._hang_bell()
         if tells_of_connections():
             self._events = Events()
             self.loop.watch(self._events, READ, self._tell_events)
-        self._describe_worker()
+        listeners = [listener.fileno() for listener in self.listeners]
+        events = self._events.writer if self._events else -1
+        self._maker = Maker(self._terms, self._board, listeners, bell, events, self._max_requests)
         self.loop.watch(self._reaper, READ, self._reap)
 
-    def _hang_bell(self) -> None:
+    def _hang_bell(self) -> int:
         self._bell = open(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "rb", buffering=0)  # noqa: SIM115
         self.loop.watch(self._bell, READ, self._rung)
-
-    def _describe_worker(self) -> None:
-        """What is the same for all workers: each gets it as it stood at its fork."""
-        assert self._bell is not None
-        self._memory = NativeMemory("ik_prefork_worker")
-        self._job = job = self._memory.argument
-        self._keep = [listener.fileno() for listener in self.listeners]
-        job.n_listeners, job.listeners[0 : len(self._keep)] = len(self._keep), self._keep
-        job.board, job.bell = self._board.native, self._bell.fileno()
-        job.events = self._events.writer if self._events else -1
-        self._terms.fill(ffi.addressof(job, "form"))
-        if self._log:
-            job.log, job.form.log = self._log.native[0], ffi.addressof(job, "log")
-            self._keep += self._terms.log_descriptors
-        self._keep += [number for number in (job.bell, job.events) if number >= 0]
+        return self._bell.fileno()
 
     # --- growing and shrinking
 
@@ -153,35 +132,15 @@ class PreforkServer(Server):
             self._backoff.forgives(self._served(), self._newest.born)
         return not self._backoff.holds()
 
-    def _start_worker(self) -> Child:
-        index = self._board.take()
-        self._job.index, self._job.place = index, self._board.place(index)
-        self._job.limit = random.randint(self._max_requests - self._max_requests // 4, self._max_requests)
-        try:
-            child = self._fork()
-        except BaseException:
-            self._board.free(index)
-            raise
+    def _start_worker(self) -> Worker:
         self._grew = time.monotonic()
-        self._pool[child] = self._newest = _Worker(child, index, self._grew)
+        self._newest = worker = self._maker.make(self._grew)
+        self._pool[worker.child] = worker
         self._owed = max(0, self._owed - 1)
         if self._backoff.crashes:  # the next one when this one has proved of use, or has had its time
             self.loop.after(self._backoff.hold(), self._listen)
-        return self._reaper.add(child)
-
-    def _fork(self) -> Child:
-        if self._terms.native_service:
-            return fork_native(_WORKER, self._job, keep=self._keep, memory=self._memory)
-        return fork(self._work, die_with_parent=True)
-
-    def _work(self) -> int:
-        """The life of a worker whose service is in Python."""
-        job, block = self._job, new_block()
-        client = ffi.addressof(job.place, "connection")
-        rc: int = lib.ik_prefork_begin(job)
-        while rc >= 0 and (rc := lib.ik_prefork_next(job)) > 0:
-            lib.ik_prefork_served(job, Connection(self._terms, client, block).run())
-        return -rc
+        self._reaper.add(worker.child)
+        return worker
 
     def _shrink(self) -> None:
         """Retire the last idle worker, if there are too many; one that has a client serves it first."""
@@ -225,7 +184,7 @@ class PreforkServer(Server):
         else:
             self._listen()
 
-    def _bury(self, worker: _Worker, status: ExitStatus) -> _Worker | None:
+    def _bury(self, worker: Worker, status: ExitStatus) -> Worker | None:
         """The one to replace, if it did not end in order."""
         client = self._board.client(worker.index)
         if client:
@@ -241,7 +200,7 @@ class PreforkServer(Server):
         event("worker died", "worker %d %s", pid, how, level=logging.WARNING, pid=pid, how=how)
         return worker
 
-    def _replace(self, dead: "list[_Worker]") -> None:
+    def _replace(self, dead: "list[Worker]") -> None:
         if not dead:
             return
         self._replaced += len(dead)
