@@ -20,7 +20,7 @@ from serving import exchange, half_close_and_drain, recv_exact, streams
 
 from ipckit.messagelog import MessageLog
 from ipckit.servers import EchoService, Service, listen, server
-from ipckit.servers.asyncio import AsyncioLoop
+from ipckit.servers.asyncio_loop import AsyncioLoop
 from ipckit.servers.loop import READ, WRITE
 from ipckit.signals import blocked
 
