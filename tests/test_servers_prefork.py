@@ -272,17 +272,30 @@ class Dies(Service):
 
 
 def test_a_crash_loop_stops_the_server(start_pool, capfd):
-    pool = start_pool(Dies)
-    start = time.monotonic()
+    pool = start_pool()
+    start, killed = time.monotonic(), set()
     while not ended(pool.running):
-        with contextlib.suppress(OSError), pool.connect() as client:
-            recv_exact(client, 1)
+        for pid in pool.workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
         assert time.monotonic() - start < 40
     assert time.monotonic() - start > 2, "the forks came without a pause"
     assert pool.running.wait() == 1
     said = capfd.readouterr().err
     assert "RuntimeError: workers died at once 10 times in a row, and nobody was served" in said
-    assert said.count("exited with 1") <= 20, "at most so many forks"
+    assert 10 <= len(killed) <= 20, "at most so many forks"
+
+
+def test_a_client_that_kills_its_worker_costs_only_itself(start_pool):
+    pool = start_pool(Dies)
+    for _ in range(30):
+        with pool.connect() as client:
+            client.settimeout(5)
+            assert recv_exact(client, 1) == b""
+    eventually(lambda: len(pool.workers()) >= 4 and not pool.children()[1])
+    stats = pool.stop()
+    assert (stats["ends"], stats["replaced"]) == ({"killed": 30}, 30)
 
 
 def ended(child):

@@ -45,8 +45,9 @@ class PreforkServer(Server):
         max_requests: a worker ends by itself after so many connections, or up to a quarter fewer, so
             that not all end together; 0: never. The others: see Server.
 
-    A worker that dies is replaced at once if it lived for a second or somebody was served since the last
-    one died, else after 10 ms, 20 ms, ... 10 s; serve() ends with RuntimeError at the tenth time in a row.
+    A worker that dies is replaced at once if it had a client, or lived for a second, or somebody was served
+    since the last one died, else after 10 ms, 20 ms, ... 10 s; serve() ends with RuntimeError at the tenth
+    time in a row.
     """
 
     model: ClassVar[str] = "prefork"
@@ -185,7 +186,9 @@ class PreforkServer(Server):
             self._listen()
 
     def _bury(self, worker: Worker, status: ExitStatus) -> Worker | None:
-        """The one to replace, if it did not end in order."""
+        """The one to replace as a crash: it did not end in order, and not with a client, whose fault it
+        may be: each client can cost one worker at the most, and no more than its fork is paid for that.
+        """
         client = self._board.client(worker.index)
         if client:
             self._killed += 1
@@ -198,13 +201,13 @@ class PreforkServer(Server):
             return None
         pid, how = worker.child.pid, str(status)
         event("worker died", "worker %d %s", pid, how, level=logging.WARNING, pid=pid, how=how)
-        return worker
+        self._replaced += 1
+        self._owed += 1
+        return None if client else worker
 
     def _replace(self, dead: "list[Worker]") -> None:
         if not dead:
             return
-        self._replaced += len(dead)
-        self._owed += len(dead)
         self._backoff.died(self._served(), min(worker.born for worker in dead))
         if self._backoff.crashes:
             self.loop.after(self._backoff.hold(), self._listen)
