@@ -60,11 +60,13 @@ def models() -> list[str]:
     return [*choice.choices]
 
 
-def ours(model: str) -> Server:
-    command = [sys.executable, "-m", "ipckit", "serve", "--model", model, "--host", "127.0.0.1"]
+def ours(model: str, variant: str = "", *options: str) -> Server:
+    command = [sys.executable, "-m", "ipckit", "serve", "--model", model, *options, "--host", "127.0.0.1"]
     # The iterative one serves its first client to the end, and the others would wait for that.
     clients = {"clients": 1} if model == "iterative" else {}
-    return Server(f"ipckit, {model}", OURS, [*command, "--port", "0", "--log", "LOG"], **clients)
+    missing = "skipped: uvloop is not installed" * ("--uvloop" in options and not has_uvloop())
+    command += ["--port", "0", "--log", "LOG"]
+    return Server(f"ipckit, {model}{variant}", OURS, command, trouble=missing, **clients)
 
 
 def in_c(model: str) -> Server:
@@ -79,7 +81,9 @@ def peer(name: str, program: str, *arguments: str) -> Server:
 
 def servers() -> list[Server]:
     return [
-        *(ours(model) for model in models()),
+        *(ours(model) for model in models() if model != "asyncio"),
+        ours("asyncio", "", "--no-uvloop"),
+        ours("asyncio", " on uvloop", "--uvloop"),
         in_c("fork"),
         in_c("epoll"),
         peer(FORKING, "server_socketserver.py", "ForkingTCPServer"),
