@@ -11,7 +11,6 @@ Sending and receiving are asyncio's, or uvloop's, which is asyncio's loop in C a
 where the service shares a process with other coroutines; the model epoll does the same with less.
 """
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -57,7 +56,6 @@ class AsyncioServer(Server):
         self._clients: set[Client] = set()
         self._waiting: deque[Client] = deque()  # for the log
         self._looking = False
-        self._connecting: set[asyncio.Task[None]] = set()
         self._block = new_block()
         form = ffi.new("ik_connection *")
         self._terms.fill(form)
@@ -92,9 +90,7 @@ class AsyncioServer(Server):
         self._started(client)
         connection = socket.socket(listener.family, socket.SOCK_STREAM, fileno=client.fileno())
         connection.setblocking(False)
-        task = self._asyncio.create_task(self._connect(client, connection))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        self._asyncio.create_task(self._connect(client, connection))
         return True
 
     async def _connect(self, client: Client, connection: socket.socket) -> None:
