@@ -79,7 +79,7 @@ asan:
 tsan:
 	$(MAKE) build/tsan/libipckit.a BUILD=build/tsan SANITIZE='-fsanitize=thread -Wno-tsan'
 	@mkdir -p build/tsan/tests
-	for room in ring sync; do \
+	for room in ring sync connection; do \
 	  $(CC) $(CFLAGS_ALL) -UNDEBUG -fsanitize=thread -o build/tsan/tests/test_$$room \
 	    tests/c/test_$$room.c tests/proof/tsan_clocklock.c build/tsan/libipckit.a -pthread && \
 	  TSAN_OPTIONS=halt_on_error=1 build/tsan/tests/test_$$room threads || exit 1; \

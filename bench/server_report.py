@@ -105,6 +105,6 @@ def draw(servers: Sequence[Server], path: Path) -> None:
         panel.set_title(f"{mode} per second", loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     head = "echo servers: ipckit (blue), its peers (grey), C (black); more is better"
-    figure.suptitle(f"{head}\n{machine()}, one of which makes the load", fontsize=10)
+    figure.suptitle(f"{head}\n{machine()}; one CPU makes the load", fontsize=10)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
