@@ -211,7 +211,7 @@ def test_a_quick_run_of_bench_server_prints_the_table(tmp_path):
     rows = {line[:32].strip(): line[32:].split() for line in done.stdout.splitlines()}
     assert rows["C, fork"][1::2][:2] == ["1.00", "1.00"]
     for name, row in rows.items():
-        if name.startswith("uvloop") and row[4:5] == ["skipped:"]:
+        if "uvloop" in name and row[4:5] == ["skipped:"]:
             assert row[5:] == ["uvloop", "is", "not", "installed"]
         elif name.startswith(("ipckit, ", "C, ", "asyncio", "uvloop", "socketserver")) and ":" not in name:
             assert float(row[1]) > 0 and float(row[3]) > 0, name

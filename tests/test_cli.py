@@ -174,14 +174,14 @@ def test_what_is_no_service_is_one_line_and_status_2(tmp_path, where, why):
 
 
 def test_workers_that_die_again_and_again_are_one_line_and_status_1(tmp_path):
-    (tmp_path / "dies.py").write_text(
-        "import os, ipckit.servers\nclass Dies(ipckit.servers.Service):\n    def started(self): os._exit(1)\n"
-    )
-    with Served(tmp_path / "log", "--service", "dies:Dies", model="prefork", cwd=tmp_path) as server:
+    with Served(tmp_path / "log", model="prefork") as server:
+        logger = server.logger()
 
         def failed():
-            with contextlib.suppress(OSError), server.connect() as client:
-                client.recv(1)
+            for pid in server.children()[0]:
+                if pid != logger:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
             return server.process.poll() is not None
 
         eventually(failed, 40)

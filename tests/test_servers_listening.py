@@ -226,7 +226,7 @@ except (OSError, ValueError) as error:
     print(type(error).__name__, error)
     sys.exit(3)
 left = [name for name in os.environ if name.startswith("LISTEN_")]
-print(*map(endpoint, found), left, [os.get_inheritable(s.fileno()) for s in found], activated())
+print(*map(endpoint, found), left, [os.get_inheritable(s.fileno()) for s in found], activated(), flush=True)
 for sock in found:
     connection, _ = sock.accept()
     connection.sendall(connection.recv(100))

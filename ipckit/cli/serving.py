@@ -131,6 +131,18 @@ def show(stats: ServerStats, *, as_json: bool) -> None:
     else:
         with contextlib.suppress(OSError):  # EIO: the terminal has been closed
             _show_table(stats)
+    for stream in (sys.stdout, sys.stderr):
+        _settle(stream)
+
+
+def _settle(stream: TextIO) -> None:
+    """What can't be written to a terminal that has been closed must not fail once more at the exit."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _show_table(stats: ServerStats) -> None:
