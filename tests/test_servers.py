@@ -264,7 +264,12 @@ def test_the_events_of_a_life(started, tmp_path):
     assert seen("connected")[0]["peer"] == seen("ended")[0]["peer"] == name
     assert seen("ended")[0]["how"] == "done"
     first, _, last = seen("statistics") + seen("served")
-    assert (first["connections"], first["open"], first["echoes"], first["bytes"]) == (1, 1, 1, 5)
+    assert (first["connections"], first["open"]) == (1, 1)
+    assert (first["echoes"], first["bytes"]) in (
+        (1, 5),
+        (0, 5),
+        (0, 0),
+    )  # counted when the client has it already
     assert first["workers"] >= 1
     assert (last["open"], last["bytes"], last["ends"], last["log"]["restarts"]) == (0, 10, {"done": 1}, 1)
     assert all(abs(fields["time"] - time.time()) < 60 for _, fields in server.events())
