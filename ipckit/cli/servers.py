@@ -198,9 +198,7 @@ def serve(
     """
     if live and (as_json or not sys.stderr.isatty()):
         raise click.UsageError("--live needs standard error to be a terminal, without --json")
-    given = _check(
-        model, {name: value for name, value in options.items() if value is not None}, keyboard, live
-    )
+    given = _check(model, options, keyboard, live)
     serving.tell_events(verbose=verbose, as_json=as_json)
     # From here on a signal is kept until the server takes it: none comes too early.
     with blocked(_SIGNALS), contextlib.ExitStack() as stack:
