@@ -107,10 +107,8 @@ class AsyncioServer(Server):
         self._ended(client.number, client.peer, client.end)
         if self._stopping:
             self.loop.wake()
-        elif self._paused:  # now there is one of what was short
-            self._go_on()
-        elif was_full:
-            self._listen()
+        elif was_full or self._paused:
+            self._freed()
 
     # --- waiting for the log
 

@@ -112,10 +112,7 @@ class ForkServer(Server):
             self._ended(
                 *self._clients.pop(child), "killed" if status.signaled else ENDS.get(status.code or 0)
             )
-        if self._paused:  # now there is one of what was short
-            self._go_on()
-        else:
-            self._listen()
+        self._freed()
 
     def _end(self, deadline: float) -> None:
         if self._held:

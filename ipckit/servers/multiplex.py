@@ -141,10 +141,8 @@ class MultiplexServer(Server):
         client.close()
         if _log.isEnabledFor(logging.INFO):  # or the names would be made for nothing
             self._ended(client.number, client.peer, client.end)
-        if self._paused:  # now there is one of what was short
-            self._go_on()
-        elif was_full:
-            self._listen()
+        if was_full or self._paused:
+            self._freed()
 
     def _tick(self) -> None:
         now = time.monotonic_ns()

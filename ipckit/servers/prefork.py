@@ -180,10 +180,7 @@ class PreforkServer(Server):
     def _reap(self, _: int = 0) -> None:
         dead = [self._bury(self._pool.pop(child), status) for child, status in self._reaper.reap()]
         self._replace([worker for worker in dead if worker])
-        if self._paused:  # now there is one of what was short
-            self._go_on()
-        else:
-            self._listen()
+        self._freed()
 
     def _bury(self, worker: Worker, status: ExitStatus) -> Worker | None:
         """The one to replace as a crash: it did not end in order, and not with a client, whose fault it

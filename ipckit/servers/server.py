@@ -309,6 +309,13 @@ class Server:
         self._paused = False
         self._listen()
 
+    def _freed(self) -> None:
+        """A connection has ended: now there is one of what was short, or of what is the limit."""
+        if self._paused:
+            self._go_on()
+        else:
+            self._listen()
+
     # --- children
 
     def _end_children(self, reaper: Reaper, deadline: float) -> None:

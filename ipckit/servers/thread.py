@@ -115,10 +115,7 @@ class ThreadServer(Server):
             join()
             connection.close()
             self._ended(connection.number, connection.peer, connection.end)
-        if self._paused:  # now there is one of what was short
-            self._go_on()
-        else:
-            self._listen()
+        self._freed()
 
     def _go_on(self) -> None:
         super()._go_on()
