@@ -8,14 +8,11 @@ go on. A wait costs in proportion to the highest number. It is what runs everywh
 """
 
 import errno
-import logging
 import select
-import time
 from typing import ClassVar
 
 from ipckit.servers.loop import READ, WRITE, Loop
 from ipckit.servers.multiplex import MultiplexServer
-from ipckit.servers.server import event
 
 __all__ = ["SelectServer"]
 
@@ -66,9 +63,6 @@ class SelectServer(MultiplexServer):
     def _can_watch(self, fd: int) -> bool:
         if fd <= _HIGHEST - _OURS:
             return True
-        now = time.monotonic()
-        if now - self._last_warning >= 1:
-            self._last_warning = now
-            text = "a connection got the descriptor %d, too high for select(2), and is closed"
-            event("refused", text, fd, level=logging.WARNING, descriptor=fd)
+        text = "a connection got the descriptor %d, too high for select(2), and is closed"
+        self._warn("refused", text, fd, descriptor=fd)
         return False

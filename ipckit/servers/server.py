@@ -298,12 +298,8 @@ class Server:
             self._paused = True
             self.loop.after(_PAUSE, self._go_on)
             self._listen()
-        now = time.monotonic()
-        if now - self._last_warning >= 1:
-            self._last_warning = now
-            why = os.strerror(error.errno or 0)
-            text = "%s: %s; new connections wait"
-            event("shortage", text, call, why, level=logging.WARNING, call=call, error=why)
+        why = os.strerror(error.errno or 0)
+        self._warn("shortage", "%s: %s; new connections wait", call, why, call=call, error=why)
 
     def _go_on(self) -> None:
         self._paused = False
@@ -329,6 +325,13 @@ class Server:
         reaper.close()
 
     # --- telling
+
+    def _warn(self, name: str, text: str, *args: object, **fields: object) -> None:
+        """As event(), but once a second at the most."""
+        now = time.monotonic()
+        if now - self._last_warning >= 1:
+            self._last_warning = now
+            event(name, text, *args, level=logging.WARNING, **fields)
 
     def _started(self, connection: HasPeer) -> None:
         if tells_of_connections():
