@@ -15,19 +15,14 @@ import socket
 import time
 
 import pytest
+from fire import WHOLE, slice_of
 from serving import Crowd, Served, assert_logged, chatter, connect, cpu_seconds, exchange, room_for
 
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, EchoService, listen, serve
 from ipckit.signals import blocked
 
-WHOLE = os.environ.get("IPCKIT_PROOF") == "1"
-
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1500 if WHOLE else 120)]
-
-
-def slice_of(whole, part):
-    return whole if WHOLE else part
 
 
 def every(*models):
