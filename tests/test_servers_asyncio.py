@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import eventually
-from serving import exchange, half_close_and_drain, recv_exact, streams
+from serving import connect, exchange, half_close_and_drain, recv_exact, streams
 
 from ipckit.messagelog import MessageLog
 from ipckit.servers import EchoService, Service, listen, server
@@ -90,10 +90,6 @@ def new_loop(uvloop):
     from uvloop import new_event_loop
 
     return new_event_loop()
-
-
-def connect(address):
-    return socket.create_connection(address, timeout=20)
 
 
 def stop(running):

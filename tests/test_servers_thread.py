@@ -6,7 +6,6 @@ import os
 import resource
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import eventually
-from serving import exchange, half_close_and_drain, recv_exact, streams
+from serving import connect, exchange, half_close_and_drain, recv_exact, streams
 
 from ipckit.messagelog import MessageLog
 from ipckit.servers import EchoService, Service, listen, server
@@ -61,10 +60,6 @@ def serving(tmp_path, forked):
         return address, running
 
     return start
-
-
-def connect(address):
-    return socket.create_connection(address, timeout=20)
 
 
 def stop(running, timeout=20.0):
