@@ -38,7 +38,8 @@ QUEUES = isolate()
 # Ignored in what a shell starts in the background, and so in every child that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PATIENCE = 20.0  # seconds that a test waits for a child before it gives up
+# Seconds that a test waits for a condition before it gives up: never reached without a fault.
+PATIENCE = 120.0
 
 
 # --- nothing left behind -------------------------------------------------------------------------
