@@ -1,8 +1,8 @@
 """What every test gets: a check that it leaves nothing behind, and real child processes."""
 
-import ctypes
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
@@ -11,35 +11,40 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 # numpy's threads block no signal, so they would take those that a test blocks in the main thread.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import isolation
 import pytest
 
 from ipckit import registry
 
-
-def isolate() -> str:
-    """As root: give this process its own System V objects, message queues and /dev/shm, so that what
-    other programs of the machine make meanwhile isn't blamed on a test, and no test can hurt them.
-
-    Returns: where the POSIX message queues can be listed, also where /dev/mqueue isn't mounted."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_ns, new_ipc, private_and_below = 0x00020000, 0x08000000, 0x00044000
-    if libc.unshare(new_ns | new_ipc):
-        return "/dev/mqueue"
-    libc.mount(b"none", b"/", None, private_and_below, None)
-    libc.mount(b"shm", b"/dev/shm", b"tmpfs", 0, b"mode=1777")
-    return "/mnt" if libc.mount(b"mqueue", b"/mnt", b"mqueue", 0, None) == 0 else "/dev/mqueue"
-
-
-QUEUES = isolate()
+isolation.leave_process_1()
+ISOLATED = isolation.isolated() or isolation.isolate()
+QUEUES = isolation.QUEUES if ISOLATED else "/dev/mqueue"
 # Ignored in what a shell starts in the background, and so in every child that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds that a test waits for a condition before it gives up: never reached without a fault.
 PATIENCE = 120.0
+
+
+# --- workers side by side ------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """None of them where they would see each other's objects."""
+    return None if ISOLATED else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Each isolated before its Python begins: when this file is imported there it has a thread already."""
+    for spec in specs:
+        spec.python = shlex.join([sys.executable, isolation.__file__])
 
 
 # --- nothing left behind -------------------------------------------------------------------------
