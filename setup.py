@@ -5,7 +5,7 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-ROOMS = ["lock", "posix", "queues", "ring", "sync", "wait"]
+ROOMS = ["lean", "lock", "posix", "process", "queues", "ring", "sync", "wait"]
 
 hot = Extension(
     "ipckit._hot",

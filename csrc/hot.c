@@ -36,7 +36,9 @@ bool hot_add_class(PyObject *module, PyType_Spec *spec) {
 }
 
 static int fill(PyObject *module) {
-    return hot_add_kernel(module) && hot_add_ring(module) && hot_add_sync(module) ? 0 : -1;
+    bool added = hot_add_kernel(module) && hot_add_process(module) && hot_add_ring(module) &&
+                 hot_add_sync(module);
+    return added ? 0 : -1;
 }
 
 /* Not declared safe without the GIL. What is in shared memory is; missing is what threads of one

@@ -20,8 +20,9 @@ bool hot_add_class(PyObject *module, PyType_Spec *spec);
  * by who waits. */
 int64_t hot_deadline(double seconds);
 
-/* Each adds the classes of its room; false with an exception. */
+/* Each adds the classes or functions of its room; false with an exception. */
 bool hot_add_kernel(PyObject *module);
+bool hot_add_process(PyObject *module);
 bool hot_add_ring(PyObject *module);
 bool hot_add_sync(PyObject *module);
 bool hot_add_queues(PyObject *module, PyObject *ends_class);

@@ -10,7 +10,7 @@ enum ik_process_flags { IK_PROCESS_DIE_WITH_PARENT = 1 << 0 };
 enum ik_process_limits { IK_PROCESS_MOST_KEPT = 64 };
 
 /* A fork is before_fork, fork(2), then begin_child in the child and after_fork in the parent, all
- * in one thread. Python makes the three calls around os.fork(); ik_process_fork() does it all.
+ * in one thread. hot_process.c makes them around a fork of Python; ik_process_fork() does it all.
  *
  * Before: see to it that the kernel keeps the child's status (SIGCHLD must not be ignored), reserve
  * the descriptor that the pidfd will take, block all signals. 0; or -EMFILE, -ENFILE, -ENOMEM,

@@ -1,10 +1,13 @@
-"""The classes of csrc/hot_*.c, which those of the rooms build on."""
+"""The classes of csrc/hot_*.c, which those of the rooms build on, and its functions."""
 
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from typing_extensions import Buffer
+
+def _fork(flags: int, pidfd: int, /) -> int: ...
+def _unblock() -> None: ...
 
 class PosixQueue:
     def send(self, data: Buffer, *, priority: int = 0, timeout: float | None = None) -> None: ...

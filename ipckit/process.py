@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from ipckit import signals
+from ipckit import _hot, signals
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.vectored import Descriptor
@@ -327,33 +327,44 @@ def fork(
         handlers: signal number to function, ``SIG_DFL`` or ``SIG_IGN``.
     Raises: BlockingIOError (EAGAIN) at the limit of processes; OSError EMFILE or ENFILE without a
         descriptor for the pidfd, ENOMEM: no child is left, nothing is changed. TypeError and
-        ValueError for bad arguments.
+        ValueError for bad arguments. What a signal's handler raises meanwhile: no child is left.
     Threads: only the calling one lives on in the child, so a lock that another one holds stays
-        locked there; CPython warns of that from 3.12 on. Fork before starting threads, or use
-        fork_native(). See fork(2).
+        locked there. os.fork() warns of that from CPython 3.12 on, this function does not. Fork before
+        starting threads, or use fork_native(). See fork(2).
     """
     kept = None if keep is None else {*map(_number, keep), *_standard()}
     wanted = _checked(handlers or {})
     _flush()
-    try:
-        _forked(lib.ik_process_before_fork())
-        # Handlers of what came before the block run now: after the fork an exception of theirs
-        # would cost us the pid.
-        signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        try:
-            pid = os.fork()
-        except OSError as error:
-            pid = -(error.errno or errno.EAGAIN)
-    except BaseException:
-        lib.ik_process_after_fork(-errno.EINTR)
-        raise
-    if pid == 0:
-        _run(target, args, kept, lib.IK_PROCESS_DIE_WITH_PARENT if die_with_parent else 0, wanted)
-    return Child(pid, _forked(lib.ik_process_after_fork(pid)))
+    flags = lib.IK_PROCESS_DIE_WITH_PARENT if die_with_parent else 0
+
+    def make(pidfd: Any) -> int:
+        pid = _hot._fork(flags, int(ffi.cast("uintptr_t", pidfd)))
+        if pid == 0:
+            _run(target, args, kept, wanted)
+        return pid
+
+    return _child(make)
 
 
 def _forked(rc: int) -> int:
     return check(rc, _WHY.get(-rc, "fork"))
+
+
+def _child(make: Callable[[Any], int]) -> Child:
+    """The child whose pid *make* returns and whose pidfd it sets."""
+    child, pidfd = Child(0, -1), ffi.new("int *", -1)
+    try:
+        pid = _forked(make(pidfd))
+    except BaseException:
+        # Of a signal's handler, if there is a child: nobody would ever know of it.
+        if pidfd[0] >= 0:
+            signal.pidfd_send_signal(pidfd[0], signal.SIGKILL)
+            with suppress(ChildProcessError):  # a stranger's handler of SIGCHLD was first
+                os.waitid(os.P_PIDFD, pidfd[0], os.WEXITED)
+            os.close(pidfd[0])
+        raise
+    child.pid, child._pidfd = pid, pidfd[0]  # no call, so no handler comes in between
+    return child
 
 
 def _number(fd: Descriptor) -> int:
@@ -392,17 +403,15 @@ def _run(
     target: Callable[..., object],
     args: tuple[object, ...],
     kept: set[int] | None,
-    flags: int,
     handlers: Mapping[int, Handler],
 ) -> NoReturn:
     """All of the child's life; whatever happens, it does not return into the parent's code."""
     code = 1
     try:
-        lib.ik_process_begin_child(flags)
         _set_handlers(handlers)
         if kept is not None:
             _release_all_but(kept)
-        lib.ik_process_unblock()
+        _hot._unblock()
         code = _code(target(*args))
         _flush()
     except SystemExit as stop:
@@ -478,17 +487,13 @@ def fork_native(
     """
     numbers = sorted({number for number in map(_number, keep) if number > 2})
     flags = lib.IK_PROCESS_DIE_WITH_PARENT if die_with_parent else 0
-    pidfd = ffi.new("int *")
+    how = (main, argument, numbers, len(numbers), flags)
     if memory is None:
-        rc = lib.ik_process_fork(main, argument, numbers, len(numbers), flags, pidfd)
-    elif len(numbers) > lib.IK_PROCESS_MOST_KEPT:
+        return _child(lambda pidfd: lib.ik_process_fork(*how, pidfd))
+    if len(numbers) > lib.IK_PROCESS_MOST_KEPT:
         raise ValueError(f"at most {lib.IK_PROCESS_MOST_KEPT} descriptors with memory, not {len(numbers)}")
-    else:
-        ranges = memory.ranges
-        rc = lib.ik_process_fork_lean(
-            main, argument, numbers, len(numbers), flags, ranges, len(ranges), pidfd
-        )
-    return Child(_forked(rc), pidfd[0])
+    ranges = memory.ranges
+    return _child(lambda pidfd: lib.ik_process_fork_lean(*how, ranges, len(ranges), pidfd))
 
 
 class NativeMemory:

@@ -653,9 +653,61 @@ def test_an_exception_just_before_the_fork():
     sys.addaudithook(audit)
     def limit(): global forbidden; forbidden = True
     def unlimit(): global forbidden; forbidden = False
-    assert refused(calls[0], PermissionError, "fork") == errno.EPERM
+    assert refused(calls[0], PermissionError, "forbidden here") == errno.EPERM
     """
     )
+
+
+def test_an_exception_of_a_handler_just_after_the_fork_leaves_no_child():
+    """The signal comes when the child is there, and its handler runs before fork() could return."""
+    text = """if 1:
+        import os, signal, time
+        from ipckit.process import fork
+        class Raised(Exception): pass
+        def handler(*_): raise Raised
+        signal.signal(signal.SIGUSR1, handler)
+        os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        before = os.listdir("/proc/self/fd")
+        try: fork(time.sleep, 1000)
+        except Raised: pass
+        else: raise AssertionError("not raised")
+        assert os.listdir("/proc/self/fd") == before
+        try: os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError: pass
+        else: raise AssertionError("a child is left")
+    """
+    script(text)
+
+
+def test_an_exception_of_a_handler_leaves_no_native_child():
+    """So many signals that some come when the child is there."""
+    text = """if 1:
+        import os, signal
+        from ipckit._native import ffi, lib
+        from ipckit.process import fork_native
+        class Raised(Exception): pass
+        def handler(_, frame):
+            global to_raise
+            if to_raise and frame.f_code.co_name in ("_child", "<lambda>"):
+                to_raise = False
+                raise Raised
+        main = ffi.addressof(lib, "ik_process_unblock")
+        main = ffi.cast("int (*)(void *)", int(ffi.cast("intptr_t", main)))
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        for _ in range(50):
+            to_raise = True
+            while to_raise:
+                try: child = fork_native(main, ffi.NULL)
+                except Raised: continue
+                child.wait()
+                child.close()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try: os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError: pass
+        else: raise AssertionError("a child is left")
+    """
+    script(text)
 
 
 def test_sigchld_ignored_on_entry_loses_no_status():
@@ -675,7 +727,7 @@ def test_sigchld_ignored_on_entry_loses_no_status():
 
 
 def test_fork_in_a_threaded_process_with_warnings_as_errors():
-    """The child is not lost, though CPython from 3.12 on warns of os.fork() there."""
+    """Nothing raises where the child is there already, as the warning of os.fork() does from 3.15 on."""
     text = """if 1:
         import threading
         from ipckit.process import fork
