@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ipckit import registry
+from ipckit import limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.registry import Record
@@ -176,34 +176,14 @@ def _file(kind: str, ident: str, status: os.stat_result) -> _Found:
     return _Found(kind, ident, status.st_uid, mode, status.st_size, birth, status.st_ctime, None, place=place)
 
 
-def _queue_mounted() -> bool:
-    return any(
-        line.split()[4] == "/dev/mqueue" and " - mqueue " in line
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-    )
-
-
-@contextmanager
-def _queue_folder() -> Iterator[int]:
-    """A descriptor of the folder of all POSIX queues, or -errno where there is none."""
-    # Root's own mount comes first: /dev/mqueue in a container may be that of another ipc namespace.
-    fd = lib.ik_inventory_queue_folder()
-    if fd < 0 and _queue_mounted():
-        fd = os.open("/dev/mqueue", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
 def unlisted() -> str | None:
     """Why objects() can't list every POSIX queue, in a line; None if it can."""
-    with _queue_folder() as fd:
-        if fd >= 0 or fd == -errno.ENODEV:  # the latter: a kernel without them
+    with limits.queue_folder() as folder:
+        if folder >= 0 or folder == -errno.ENODEV:  # the latter: a kernel without them
             return None
+    why = "shows those of another ipc namespace" if folder == -errno.EXDEV else "is not mounted"
     return (
-        "POSIX queues that ipckit didn't make are not listed: /dev/mqueue is not mounted"
+        f"POSIX queues that ipckit didn't make are not listed: /dev/mqueue {why}"
         " (root does it with: mkdir -p /dev/mqueue && mount -t mqueue none /dev/mqueue)"
     )
 
@@ -227,7 +207,7 @@ def _recorded_queues() -> Iterator[str]:
 
 def _posix_queues(known: Iterable[str]) -> Iterator[_Found]:
     """All that can be seen; without a folder, those of the *known* names."""
-    with _queue_folder() as folder:
+    with limits.queue_folder() as folder:
         for name in [f"/{name}" for name in os.listdir(folder)] if folder >= 0 else sorted({*known}):
             fd = lib.ik_inventory_queue_open(os.fsencode(name))
             if fd >= 0:

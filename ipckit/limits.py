@@ -7,17 +7,24 @@ mq_overview(7).
 """
 
 import configparser
+import errno
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Limit", "advice", "survey", "value"]
+from ipckit._native import lib
+
+__all__ = ["Limit", "advice", "queue_folder", "survey", "value"]
 
 # One file with four numbers; the names are those of semget(2).
 _SEMAPHORES = ("kernel.sem.semmsl", "kernel.sem.semmns", "kernel.sem.semopm", "kernel.sem.semmni")
+
+
+# What /dev/mqueue may be instead of the folder of this process's queues.
+_NO_FOLDER = {errno.ENOENT: "not mounted", errno.EXDEV: "of another ipc namespace"}
 
 
 def _numbers(file: str) -> list[int]:
@@ -177,6 +184,58 @@ def _table(kind: str, column: str) -> list[int]:
     return []
 
 
+@contextmanager
+def _opened(folder: int) -> Iterator[int]:
+    try:
+        yield folder
+    finally:
+        if folder >= 0:
+            os.close(folder)
+
+
+def queue_folder() -> AbstractContextManager[int]:
+    """A descriptor of the folder of this ipc namespace's POSIX queues, or -errno where there is none.
+
+    That is ENODEV where the kernel has no such queues, ENOENT where /dev/mqueue is not mounted, and EXDEV
+    where it shows the queues of another ipc namespace. Root needs no mount.
+    """
+    folder = lib.ik_inventory_queue_folder()
+    return _opened(folder) if folder >= 0 or folder == -errno.ENODEV else _mounted_queue_folder()
+
+
+@contextmanager
+def _mounted_queue_folder() -> Iterator[int]:
+    if not _queue_mounted():
+        yield -errno.ENOENT
+        return
+    with _opened(os.open("/dev/mqueue", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
+        yield -errno.EXDEV if _is_of_another_namespace(folder) else folder
+
+
+def _queue_mounted() -> bool:
+    return any(
+        line.split()[4] == "/dev/mqueue" and " - mqueue " in line
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+    )
+
+
+def _is_of_another_namespace(folder: int) -> bool:
+    """A mount keeps the ipc namespace of who mounted it: its queues are not those that mq_open() opens.
+
+    False also if no queue in it tells, because it has none, or none that this user may open.
+    """
+    for name in os.listdir(folder):
+        with (
+            suppress(FileNotFoundError),
+            _opened(lib.ik_inventory_queue_open(os.fsencode(f"/{name}"))) as queue,
+        ):
+            if queue >= 0:
+                return os.fstat(queue).st_dev != os.fstat(folder).st_dev
+            if queue == -errno.ENOENT and os.stat(name, dir_fd=folder):
+                return True
+    return False
+
+
 def _in_use() -> dict[str, int]:
     segments, sets = _table("shm", "size"), _table("sem", "nsems")
     used = {
@@ -186,8 +245,9 @@ def _in_use() -> dict[str, int]:
         "kernel.sem.semmns": sum(sets),
         "kernel.sem.semmni": len(sets),
     }
-    if os.path.ismount("/dev/mqueue"):
-        used["fs.mqueue.queues_max"] = len(os.listdir("/dev/mqueue"))
+    with queue_folder() as folder:
+        if folder >= 0:
+            used["fs.mqueue.queues_max"] = len(os.listdir(folder))
     return used
 
 
@@ -213,7 +273,8 @@ def _shared_memory() -> Limit:
 
 
 def _queue_folder() -> Limit:
-    now = "mounted" if os.path.ismount("/dev/mqueue") else "not mounted"
+    with _mounted_queue_folder() as folder:
+        now = "mounted" if folder >= 0 else _NO_FOLDER[-folder]
     stops = "listing POSIX queues, if not mounted (root can all the same)"
     command = "mkdir -p /dev/mqueue && mount -t mqueue none /dev/mqueue"
     return Limit("/dev/mqueue", now, "", None, stops, command, False)

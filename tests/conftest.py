@@ -24,6 +24,7 @@ from ipckit import registry
 isolation.leave_process_1()
 ISOLATED = isolation.isolated() or isolation.isolate()
 QUEUES = isolation.QUEUES if ISOLATED else "/dev/mqueue"
+signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 # Ignored in what a shell starts in the background, and so in every child that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -32,6 +33,12 @@ PATIENCE = 120.0
 
 
 # --- workers side by side ------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The thread by which a worker hears from pytest holds no lock that a child would need; and
+    # from 3.15 on this warning, made an error, would come when the child is there, and lose it.
+    config.addinivalue_line("filterwarnings", "ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 
 @pytest.hookimpl(optionalhook=True)

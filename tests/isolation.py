@@ -1,6 +1,7 @@
 """A place of the tests' own: they neither see nor touch what the rest of the machine has.
 
-Run as a program, ``python isolation.py ARGUMENT...`` isolates itself and becomes ``python ARGUMENT...``.
+Run as a program, ``python isolation.py ARGUMENT...`` isolates itself and becomes ``python ARGUMENT...``, with
+all signals blocked.
 """
 
 import ctypes
@@ -115,4 +116,6 @@ def _reap(child: int) -> int | None:
 
 if __name__ == "__main__":
     isolate()
+    # So are they in the threads that start before the tests: a signal for the process is one for the tests.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

@@ -132,6 +132,15 @@ def unshare(flags):
         raise OSError(ctypes.get_errno(), "unshare")
 
 
+def without_queue_folder():
+    """For the rest of this process, as root: /dev/mqueue is not mounted."""
+    unshare(NEW_NS)
+    if os.path.ismount("/dev/mqueue"):
+        detached = 2
+        LIBC.umount2(b"/dev/mqueue", detached)
+        assert not os.path.ismount("/dev/mqueue")
+
+
 def mount(source, target, kind, options=b"", flags=0):
     if LIBC.mount(source, target, kind, flags, options):
         raise OSError(ctypes.get_errno(), f"mount {kind} on {target}")

@@ -11,7 +11,7 @@ import posix_ipc
 import pytest
 import sysv_ipc
 from conftest import eventually
-from making import MAKERS, NEW_IPC, NEW_NS, Made, become, clean, mount, unshare
+from making import MAKERS, NEW_IPC, NEW_NS, Made, become, clean, mount, unshare, without_queue_folder
 
 from ipckit import inventory
 from ipckit.cli import commands, objects  # noqa: F401 - the latter adds to the former
@@ -166,6 +166,7 @@ def test_the_name_of_a_program_is_shown_as_it_is(forked, columns):
 @root_only
 def test_what_can_not_be_listed_is_told(forked):
     def look(ready):
+        without_queue_folder()
         become(65534)
         with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
             commands.group(["ls", "--json"])  # here, because that user may not be let near this Python

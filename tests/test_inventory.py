@@ -9,9 +9,22 @@ import posix_ipc
 import pytest
 import sysv_ipc
 from conftest import PATIENCE, eventually
-from making import MAKERS, NEW_NS, NEW_PID, Made, become, change_time, clean, mount, unshare, use
+from making import (
+    MAKERS,
+    NEW_IPC,
+    NEW_NS,
+    NEW_PID,
+    Made,
+    become,
+    change_time,
+    clean,
+    mount,
+    unshare,
+    use,
+    without_queue_folder,
+)
 
-from ipckit import inventory, registry
+from ipckit import inventory, limits, registry
 
 WHOLE = bool(os.environ.get("IPCKIT_PROOF"))
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its user and namespaces")
@@ -558,6 +571,7 @@ def test_a_queue_last_used_from_a_pid_namespace_that_is_not_seen_is_not_dead(for
 @root_only
 def test_without_a_folder_only_recorded_queues_are_listed(forked):
     def look(ready):
+        without_queue_folder()
         become(65534)
         made = Made("posix-queue", "recorded")
         queue = posix_ipc.MessageQueue("/secret", posix_ipc.O_CREX)
@@ -586,6 +600,41 @@ def test_a_mounted_folder_is_for_everybody(forked):
         obj = find("posix-queue:/secret")
         assert (obj.size, obj.mode) == (0, 0o200), "what can't be read is listed all the same"
         queue.unlink()
+
+    assert forked(look).wait() == 0
+
+
+def limit_of_queues():
+    (folder,) = (limit.value for limit in limits.survey() if limit.name == "/dev/mqueue")
+    (used,) = (limit.used for limit in limits.survey() if limit.name == "fs.mqueue.queues_max")
+    return folder, used
+
+
+@root_only
+def test_a_folder_of_another_ipc_namespace_is_not_taken_for_ours(forked):
+    """As where a container shares the folder of its host."""
+
+    def look(ready):
+        unshare(NEW_NS | NEW_IPC)
+        mount(b"none", b"/", None, flags=0x00044000)
+        mount(b"dev", b"/dev", b"tmpfs")
+        os.mkdir("/dev/shm")
+        os.mkdir("/dev/mqueue")
+        os.chmod("/dev/shm", 0o1777)
+        mount(b"none", b"/dev/mqueue", b"mqueue")
+        posix_ipc.MessageQueue("/theirs", posix_ipc.O_CREX, mode=0o666)
+        unshare(NEW_IPC)
+        posix_ipc.MessageQueue("/another", posix_ipc.O_CREX, mode=0o666)
+        assert limit_of_queues() == ("of another ipc namespace", 1), "root needs no folder"
+        assert {obj.ident for obj in inventory.objects()} == {"/another"}
+        become(65534)
+        Made("posix-queue", "ours")
+        assert limit_of_queues() == ("of another ipc namespace", None)
+        assert {obj.ident for obj in inventory.objects()} == {"/ours"}
+        assert "/dev/mqueue shows those of another ipc namespace" in inventory.unlisted()
+        # The same name is not the same queue.
+        posix_ipc.MessageQueue("/theirs", posix_ipc.O_CREX)
+        assert {obj.ident for obj in inventory.objects()} == {"/ours"}
 
     assert forked(look).wait() == 0
 
