@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cffi import FFI
 from conftest import eventually, open_descriptors
+from making import NEW_PID, unshare
 
 from ipckit import signals
 from ipckit._native import ffi
@@ -1023,6 +1024,33 @@ def test_waiting_while_the_handler_reaps_ends(waits, in_a_thread):
             waiting.wait(PATIENCE)
             assert child.status.code == code
             reaper.wait(PATIENCE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be process 1 of a new pid namespace")
+def test_process_1_reaps_its_own_children_and_leaves_the_orphans_that_it_adopts():
+    def leaves_an_orphan():
+        orphan = os.fork()
+        if orphan == 0:
+            os._exit(7)
+        os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
+        return 5
+
+    def init():
+        assert os.getpid() == 1
+        seen = []
+        with Reaper(lambda child, status: seen.append((child, status.code))) as reaper:
+            children = [reaper.fork(leaves_an_orphan, die_with_parent=True) for _ in range(20)]
+            reaper.wait(PATIENCE)
+        assert sorted(seen, key=lambda each: each[0].pid) == [(child, 5) for child in children]
+        assert [os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(20)] == [7] * 20
+
+    def outside():
+        unshare(NEW_PID)
+        with fork(init) as first:
+            return first.wait(PATIENCE).code
+
+    with fork(outside) as child:
+        assert child.wait(PATIENCE).code == 0
 
 
 # --- the example -----------------------------------------------------------------------------------
