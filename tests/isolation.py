@@ -93,9 +93,10 @@ def leave_process_1() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
         return
     while True:
-        signum = signal.sigwait(passed_on | {signal.SIGCHLD})
-        if signum != signal.SIGCHLD:
-            os.kill(child, signum)
+        info = signal.sigwaitinfo(passed_on | {signal.SIGCHLD})
+        if info.si_signo != signal.SIGCHLD:
+            if info.si_code <= 0:  # by kill(2): a terminal's has come to the child as well
+                os.kill(child, info.si_signo)
         elif (status := _reap(child)) is not None:
             os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
