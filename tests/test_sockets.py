@@ -983,6 +983,7 @@ def test_253_descriptors_a_hundred_times_to_one_that_expects_one(local, files, f
     assert child.wait() == 0
 
 
+@pytest.mark.serial  # the descriptors on their way are counted for a user, whatever the process
 def test_a_receiver_that_may_not_open_them(local, files, forked):
     left, right = local
 
@@ -1020,6 +1021,7 @@ def test_a_plain_recv_closes_what_came(local, files):
     assert descriptors() == before
 
 
+@pytest.mark.serial  # the descriptors on their way are counted for a user, whatever the process
 def test_too_many_on_their_way(local, files, forked):
     left, _ = local
 

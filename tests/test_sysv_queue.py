@@ -422,10 +422,11 @@ def test_stat_and_set(queue):
     assert abs(now.send_time - time.time()) < 60
     assert (now.uid, now.gid, now.creator_uid, now.creator_gid) == (os.getuid(), os.getgid()) * 2
     assert (now.mode, now.key) == (0o600, 0)
-    queue.set(mode=0o640, uid=12, gid=34, max_bytes=100)
+    uid, gid = (12, 34) if os.geteuid() == 0 else (os.getuid(), os.getgid())
+    queue.set(mode=0o640, uid=uid, gid=gid, max_bytes=100)
     now = queue.stat()
     assert isinstance(now, QueueStat)
-    assert (now.mode, now.uid, now.gid, now.creator_uid, now.max_bytes) == (0o640, 12, 34, os.getuid(), 100)
+    assert (now.mode, now.uid, now.gid, now.creator_uid, now.max_bytes) == (0o640, uid, gid, os.getuid(), 100)
 
 
 def test_the_records_of_a_queue():
