@@ -1277,9 +1277,22 @@ static PyObject *ends_new(PyTypeObject *type, PyObject *args, PyObject *keywords
     return self;
 }
 
+/* Another thread of ours has the lock of the end. */
+static bool is_held_here(ends_object *ends, int side) {
+    ik_ring_stats stats;
+    if (!ends->views[side] || !ends->lender[side])
+        return false;
+    ik_ring_get_stats(&ends->rings[side], &stats);
+    return stats.holder[side] == ends->lender[side] && ik_wait_is_our_thread(ends->lender[side]);
+}
+
 static void ends_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     Py_XDECREF(ends_shut_down(self, NULL));
+    /* Then the memory stays mapped: the thread's list of locks goes through it. */
+    for (int side = 0; side < 2; side++)
+        if (is_held_here(ends_of(self), side))
+            ends_of(self)->views[side] = NULL;
     drop_views(ends_of(self)); /* the loans of other threads too */
     for (int side = 0; side < 2; side++)
         Py_CLEAR(ends_of(self)->loans[side]);

@@ -8,8 +8,6 @@
  */
 #include <errno.h>
 #include <math.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "hot.h"
 #include "sync.h"
@@ -168,8 +166,7 @@ static PyObject *sync_open(PyObject *self, PyObject *args) {
 
 static bool is_held_here(const sync_object *object) {
     bool is_lock = object->kind == IK_SYNC_LOCK || object->kind == IK_SYNC_RLOCK;
-    int holder = object->shared && is_lock ? ik_sync_lock_holder(object->shared) : 0;
-    return holder && syscall(SYS_tgkill, getpid(), holder, 0) == 0;
+    return object->shared && is_lock && ik_wait_is_our_thread(ik_sync_lock_holder(object->shared));
 }
 
 static void sync_dealloc(PyObject *self) {

@@ -149,3 +149,7 @@ int ik_wait_thread(void) {
         thread = (int)syscall(SYS_gettid);
     return thread;
 }
+
+int ik_wait_is_our_thread(int id) {
+    return id > 0 && syscall(SYS_tgkill, getpid(), id, 0) == 0;
+}

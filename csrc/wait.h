@@ -43,3 +43,6 @@ int ik_wake_word(const uint32_t *word, int count);
 
 /* The id of the calling thread, as gettid(2), without the system call. */
 int ik_wait_thread(void);
+
+/* 1 if the id is that of a living thread of this process, or 0. */
+int ik_wait_is_our_thread(int id);

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import eventually
+from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -783,6 +783,36 @@ def test_closed_by_another_thread_while_this_one_reserves(either):
     either.commit()
     with pytest.raises(ipckit.Closed):
         either.stats()
+
+
+@pytest.mark.parametrize("verb", ["reserve", "peek"])
+def test_dropped_while_another_thread_is_inside_it_stays_mapped(verb):
+    """Or the thread's next lock would be put into a list that goes through what is no longer there."""
+    program = f"""
+import threading
+from ipckit import Ring, sync
+
+for _ in range(20):
+    rings = [Ring(4096, many_senders=True, many_receivers=True)]
+    inside, dropped = threading.Event(), threading.Event()
+
+    def use_other_locks():
+        rings[0].send(b"x")
+        rings[0].{verb}({"5" if verb == "reserve" else ""})
+        inside.set()
+        dropped.wait()
+        for _ in range(10):
+            with sync.Lock():
+                pass
+
+    thread = threading.Thread(target=use_other_locks)
+    thread.start()
+    inside.wait()
+    rings.clear()
+    dropped.set()
+    thread.join()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
 
 
 def test_pickled_elsewhere_it_says_why():
