@@ -10,7 +10,6 @@ import pickle
 import random
 import select
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -18,7 +17,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import eventually, open_descriptors
+from conftest import PATIENCE, eventually, open_descriptors
+from procfs import asleep
 
 from ipckit import Closed, PeerDied
 from ipckit.channel import Listener, channel, connect
@@ -39,10 +39,6 @@ def path(tmp_path):
     return str(tmp_path / "sock")
 
 
-def is_asleep(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S"
-
-
 # --- both ways -----------------------------------------------------------------------------------
 
 
@@ -50,8 +46,8 @@ def test_each_end_sends_and_receives(ends):
     left, right = ends
     left.send(b"there")
     right.send(b"and back")
-    assert right.recv(timeout=5) == b"there"
-    assert left.recv(timeout=5) == b"and back"
+    assert right.recv(timeout=PATIENCE) == b"there"
+    assert left.recv(timeout=PATIENCE) == b"and back"
     stats = left.stats()
     assert (stats.sent.sent, stats.received.received, stats.inbox) == (1, 1, 0)
     assert left.capacity == right.capacity == 8192
@@ -83,14 +79,14 @@ def test_sizes_from_nothing_to_beyond_the_ring_between_processes(ends, forked):
     def child(ready):
         with right.claim():
             for size in sizes:
-                assert right.recv(timeout=20) == random.Random(size).randbytes(size)
-                right.send(random.Random(-size).randbytes(size), timeout=20)
+                assert right.recv(timeout=PATIENCE) == random.Random(size).randbytes(size)
+                right.send(random.Random(-size).randbytes(size), timeout=PATIENCE)
 
     process = forked(child)
     left.claim()
     for size in sizes:
-        left.send(random.Random(size).randbytes(size), timeout=20)
-        assert left.recv(timeout=20) == random.Random(-size).randbytes(size)
+        left.send(random.Random(size).randbytes(size), timeout=PATIENCE)
+        assert left.recv(timeout=PATIENCE) == random.Random(-size).randbytes(size)
     assert process.wait() == 0
 
 
@@ -120,7 +116,7 @@ def test_half_close(ends):
         left.send(b"x")
     assert list(right) == [b"question"]
     right.send(b"answer")
-    assert left.recv(timeout=5) == b"answer"
+    assert left.recv(timeout=PATIENCE) == b"answer"
     with pytest.raises(EOFError):
         right.recv()
 
@@ -153,7 +149,7 @@ def test_closing_ends_what_other_threads_do(ends):
     eventually(lambda: len(os.listdir("/proc/self/task")) >= 5)
     left.close()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert caught == ["channel of 8192 bytes is closed"] * 4
 
 
@@ -162,7 +158,7 @@ def test_handing_an_end_on_does_not_end_it(ends, forked):
     left, right = ends
 
     def child(ready):
-        assert right.recv(timeout=20) == b"work"
+        assert right.recv(timeout=PATIENCE) == b"work"
         right.send(b"done")
         right.close()
         left.close()  # inherited, never used
@@ -170,9 +166,9 @@ def test_handing_an_end_on_does_not_end_it(ends, forked):
     process = forked(child)
     right.close()
     left.send(b"work")
-    assert left.recv(timeout=20) == b"done"
+    assert left.recv(timeout=PATIENCE) == b"done"
     with pytest.raises(EOFError) as caught:
-        left.recv(timeout=20)
+        left.recv(timeout=PATIENCE)
     assert type(caught.value) is EOFError
     assert process.wait() == 0
 
@@ -184,16 +180,16 @@ def test_claiming_one_end_does_not_end_the_other_even_if_it_was_used(ends, forke
 
     def child(ready):
         with right.claim():
-            right.send(right.recv(timeout=20))
+            right.send(right.recv(timeout=PATIENCE))
 
     process = forked(child)
     left.claim()
     assert right.closed
     left.send(b"echo")
-    assert left.recv(timeout=20) == b"echo"
+    assert left.recv(timeout=PATIENCE) == b"echo"
     assert process.wait() == 0
     with pytest.raises(EOFError) as caught:
-        left.recv(timeout=20)
+        left.recv(timeout=PATIENCE)
     assert type(caught.value) is EOFError
 
 
@@ -205,7 +201,7 @@ def test_an_end_that_two_processes_used_ends_with_the_last(ends, forked):
         right.send(b"child")
         left.close()
         ready()
-        assert right.recv(timeout=20) == b"go on"
+        assert right.recv(timeout=PATIENCE) == b"go on"
         right.send(b"after the parent")
         right.close()
 
@@ -213,9 +209,9 @@ def test_an_end_that_two_processes_used_ends_with_the_last(ends, forked):
     process.wait_ready()
     right.close()
     left.send(b"go on")
-    assert [left.recv(timeout=20) for _ in range(3)] == [b"parent", b"child", b"after the parent"]
+    assert [left.recv(timeout=PATIENCE) for _ in range(3)] == [b"parent", b"child", b"after the parent"]
     with pytest.raises(EOFError) as caught:
-        left.recv(timeout=20)
+        left.recv(timeout=PATIENCE)
     assert type(caught.value) is EOFError
 
 
@@ -236,7 +232,7 @@ def sleeping_child(forked, ends, before=lambda right: None):
         right.claim()
         before(right)
         ready()
-        time.sleep(60)
+        signal.pause()
 
     process = forked(child)
     left.claim()
@@ -275,56 +271,60 @@ def test_a_killed_peer_ends_every_verb(ends, forked, verb):
         try:
             verb(left)
         except Exception as error:
-            caught.append((time.monotonic(), error))
+            caught.append(error)
 
     thread = threading.Thread(target=call)
     thread.start()
     blocked.wait()
-    task = thread.native_id
-    eventually(lambda: Path(f"/proc/self/task/{task}/stat").read_text().rsplit(")", 1)[1].split()[0] == "S")
+    eventually(lambda: asleep(os.getpid(), thread.native_id))
     assert not caught
-    killed = time.monotonic()
     child.kill()
-    thread.join(20)
-    when, error = caught[0]
-    assert type(error) is PeerDied
-    assert "channel of 8192 bytes: the peer ended without closing" in str(error)
-    assert when - killed < 1
+    thread.join(PATIENCE)
+    assert type(caught[0]) is PeerDied
+    assert "channel of 8192 bytes: the peer ended without closing" in str(caught[0])
 
 
-def test_a_death_is_noticed_within_5_ms():
-    """Of a small process: the kernel frees all memory of the dead before it closes what they had open."""
+def test_a_death_wakes_who_sleeps():
+    """Who is killed as a slice of 100 ms begins is not noticed only as that ends: at least once, however busy
+    the machine is. A small process: the kernel frees all memory of the dead before it closes what they had open.
+    """
     program = """
 import os, signal, time
 from ipckit import PeerDied, channel
+from procfs import asleep, wakeups
 
-times = []
-for _ in range(10):
+def once_more_asleep(pid):
+    while not asleep(pid, within="poll"):
+        time.sleep(0.001)
+    before = wakeups(pid)
+    while wakeups(pid) == before:
+        time.sleep(0.001)
+
+took = 1
+while took > 0.05:
     left, right = channel(8192)
     told, tell = os.pipe()
     victim = os.fork()
     if victim == 0:
-        right.claim().send(b"here")
-        time.sleep(60)
-    left.claim().recv(timeout=20)
+        right.claim()
+        signal.pause()
+    left.claim()
     killer = os.fork()
     if killer == 0:
-        time.sleep(0.02)  # meanwhile the other sleeps
+        once_more_asleep(os.getppid())
         os.write(tell, b"%r" % time.monotonic())
         os.kill(victim, signal.SIGKILL)
         os._exit(0)
     try:
-        left.recv(timeout=20)
+        left.recv()
     except PeerDied:
-        times.append(time.monotonic() - float(os.read(told, 100)))
+        took = time.monotonic() - float(os.read(told, 100))
     for child in (victim, killer):
         os.waitpid(child, 0)
     os.close(told), os.close(tell)
     left.close()
-assert len(times) == 10
-assert min(times) < 0.005, times
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE, cwd=Path(__file__).parent)
 
 
 def test_what_was_sent_before_the_death_comes_first(ends, forked):
@@ -366,10 +366,10 @@ def test_killed_amid_a_long_message(ends, forked):
     process = forked(child)
     left.claim()
     process.wait_ready()
-    eventually(lambda: left.stats().received.used > 4000 and is_asleep(process.pid))
+    eventually(lambda: left.stats().received.used > 4000 and asleep(process.pid))
     process.kill()
     with pytest.raises(PeerDied):
-        left.recv(timeout=20)
+        left.recv(timeout=PATIENCE)
 
 
 def test_an_exit_without_closing_is_a_death(ends, forked):
@@ -388,19 +388,19 @@ def test_a_death_before_the_first_use_is_one_too(ends, forked):
     right.close()
     assert process.wait() == 3
     with pytest.raises(PeerDied):
-        left.recv(timeout=20)
+        left.recv(timeout=PATIENCE)
 
 
 def test_a_death_is_not_seen_while_this_process_has_the_other_end_too(ends, forked):
     left, right = ends
     process = forked(lambda ready: right.send(b"x"))
     assert process.wait() == 0
-    assert left.recv(timeout=5) == b"x"
+    assert left.recv(timeout=PATIENCE) == b"x"
     with pytest.raises(TimeoutError):
         left.recv(timeout=0.1)
     left.claim()
     with pytest.raises(PeerDied):
-        left.recv(timeout=20)
+        left.recv(timeout=PATIENCE)
 
 
 def test_the_descriptor_tells_of_messages_and_of_the_end(ends, forked):
@@ -410,13 +410,13 @@ def test_the_descriptor_tells_of_messages_and_of_the_end(ends, forked):
         return bool(select.select([left.fileno()], [], [], timeout)[0])
 
     child = sleeping_child(forked, ends, lambda right: right.send_many([b"a", b"b"]))
-    assert readable(20)
+    assert readable(PATIENCE)
     left.recv()
-    assert readable(20)
+    assert readable(PATIENCE)
     left.recv()
     assert not readable()
     child.kill()
-    assert readable(20)
+    assert readable(PATIENCE)
     with pytest.raises(PeerDied):
         left.recv(timeout=0)
 
@@ -443,23 +443,23 @@ def test_asyncio_goes_on_while_it_waits_for_a_peer_that_dies(ends, forked):
 
 
 def exchange(ends, forked, here, there):
-    """Each side sends its messages, then receives those of the other. The time it took."""
+    """Each side sends its messages, then receives those of the other."""
     left, right = ends
 
     def child(ready):
         with right.claim():
             for message in there:
-                right.send(message, timeout=50)
+                right.send(message, timeout=PATIENCE)
             for message in here:
-                assert right.recv(timeout=50) == message
+                assert right.recv(timeout=PATIENCE) == message
 
     process = forked(child)
     left.claim()
     for message in here:
-        left.send(message, timeout=50)
+        left.send(message, timeout=PATIENCE)
     for message in there:
-        assert left.recv(timeout=50) == message
-    assert process.wait(50) == 0
+        assert left.recv(timeout=PATIENCE) == message
+    assert process.wait() == 0
 
 
 def test_both_send_64_mib_at_once(forked):
@@ -482,9 +482,9 @@ def test_both_send_at_once_in_asyncio(ends, forked):
     size = 1 << 20
 
     async def talk(end, mine, yours):
-        await end.asend(mine, timeout=50)
-        await end.asend(mine, timeout=50)
-        assert [await end.arecv(timeout=50), await end.arecv(timeout=50)] == [yours, yours]
+        await end.asend(mine, timeout=PATIENCE)
+        await end.asend(mine, timeout=PATIENCE)
+        assert [await end.arecv(timeout=PATIENCE), await end.arecv(timeout=PATIENCE)] == [yours, yours]
 
     def child(ready):
         with right.claim():
@@ -493,17 +493,24 @@ def test_both_send_at_once_in_asyncio(ends, forked):
     process = forked(child)
     left.claim()
     asyncio.run(talk(left, b"l" * size, b"r" * size))
-    assert process.wait(50) == 0
+    assert process.wait() == 0
 
 
-def taken_in(ends, messages, limit=5000):
-    """The left end has taken in the messages, while it could not send one of its own."""
+def tried_to_send(left):
+    """Its numbers after a send for which there is no room, but time to take in what has come."""
+    with pytest.raises(TimeoutError):
+        left.send(bytes(5000), timeout=0.02)
+    return left.stats()
+
+
+def taken_in(ends, messages, count=None):
+    """The left end has taken in the messages, or *count* of them, while it could not send one of its own."""
     left, right = ends
     right.send_many(messages)
-    with pytest.raises(TimeoutError):
-        left.send(bytes(limit), timeout=0.02)
-        left.send(bytes(limit), timeout=0.02)
-        left.send(bytes(limit), timeout=0.02)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            left.send(bytes(5000), timeout=0)
+    eventually(lambda: tried_to_send(left).inbox == (len(messages) if count is None else count))
 
 
 def test_what_was_taken_in_comes_in_order_by_every_verb(ends):
@@ -541,16 +548,15 @@ def test_what_was_taken_in_makes_the_descriptor_readable(ends):
 def test_the_inbox_is_bounded():
     left, right = channel(8192, max_inbox=1000)
     with left, right:
-        taken_in((left, right), [bytes(400)] * 10)
-        assert left.stats().inbox == 3  # 400 bytes and a little each: the third is the first beyond
+        taken_in((left, right), [bytes(400)] * 10, count=3)
+        assert tried_to_send(left).inbox == 3  # 400 bytes and a little each: the third is the first beyond
         assert left.recv_many() == [bytes(400)] * 10
 
 
 def test_without_an_inbox_nothing_is_taken_in():
     left, right = channel(8192, max_inbox=0)
     with left, right:
-        taken_in((left, right), [b"x"])
-        assert left.stats().inbox == 0
+        taken_in((left, right), [b"x"], count=0)
 
 
 def part_taken_in(ends, long):
@@ -558,9 +564,7 @@ def part_taken_in(ends, long):
     left, right = ends
     taken_in(ends, [])
     assert right._send_some(long) is False  # the step of asend(): as much as there is room for
-    with pytest.raises(TimeoutError):
-        left.send(bytes(5000), timeout=0.02)
-    assert (left.stats().inbox, left.stats().received.used) == (1, 0)
+    eventually(lambda: (now := tried_to_send(left)).inbox == 1 and now.received.used == 0)
 
 
 def rest_of(right, long):
@@ -583,10 +587,10 @@ def test_a_part_of_a_long_message_is_gone_on_with_by_any_thread(ends):
         left.recv(timeout=0)
     thread = threading.Thread(target=rest_of, args=[right, long])
     thread.start()
-    assert left.recv(timeout=20) == long
-    thread.join(20)
+    assert left.recv(timeout=PATIENCE) == long
+    thread.join(PATIENCE)
     right.send(b"next")
-    assert left.recv(timeout=20) == b"next"
+    assert left.recv(timeout=PATIENCE) == b"next"
 
 
 def test_a_part_that_ran_out_of_time_comes_again(ends):
@@ -598,20 +602,23 @@ def test_a_part_that_ran_out_of_time_comes_again(ends):
     thread = threading.Thread(target=rest_of, args=[right, long])
     thread.start()
     buffer = bytearray(200_000)
-    assert left.recv_into(buffer, timeout=20) == 100_000
-    thread.join(20)
+    assert left.recv_into(buffer, timeout=PATIENCE) == 100_000
+    thread.join(PATIENCE)
     assert buffer[:100_000] == long
 
 
 def test_asyncio_and_recv_many_go_on_with_a_part(ends):
     left, right = ends
-    for receive in (lambda: asyncio.run(left.arecv(timeout=20)), lambda: left.recv_many(timeout=20)[0]):
+    for receive in (
+        lambda: asyncio.run(left.arecv(timeout=PATIENCE)),
+        lambda: left.recv_many(timeout=PATIENCE)[0],
+    ):
         long = os.urandom(100_000)
         part_taken_in(ends, long)
         thread = threading.Thread(target=rest_of, args=[right, long])
         thread.start()
         assert receive() == long
-        thread.join(20)
+        thread.join(PATIENCE)
         right.recv_many()  # make room: the next part begins with a full ring
 
 
@@ -623,14 +630,12 @@ def test_a_part_whose_sender_died_is_a_death(ends, forked):
         right.claim()
         assert right._send_some(bytes(100_000)) is False
         ready()
-        time.sleep(60)
+        signal.pause()
 
     process = forked(child)
     left.claim()
     process.wait_ready()
-    with pytest.raises(TimeoutError):
-        left.send(bytes(5000), timeout=0.02)
-    assert left.stats().inbox == 1
+    eventually(lambda: tried_to_send(left).inbox == 1)
     process.kill()
     process.wait()
     with pytest.raises(PeerDied):
@@ -643,21 +648,21 @@ def test_a_part_whose_sender_died_is_a_death(ends, forked):
 def test_a_thread_that_receives_is_not_robbed(ends):
     left, right = ends
     got = []
-    receiving = threading.Thread(target=lambda: got.extend(left.recv(timeout=20) for _ in range(500)))
+    receiving = threading.Thread(target=lambda: got.extend(left.recv(timeout=PATIENCE) for _ in range(500)))
     receiving.start()
 
     def drain():
         for _ in range(300):
-            right.recv(timeout=20)
+            right.recv(timeout=PATIENCE)
 
     draining = threading.Thread(target=drain)
     draining.start()
-    answering = threading.Thread(target=lambda: [right.send(b"%d" % n, timeout=20) for n in range(500)])
+    answering = threading.Thread(target=lambda: [right.send(b"%d" % n, timeout=PATIENCE) for n in range(500)])
     answering.start()
     for _ in range(300):
-        left.send(bytes(4000), timeout=20)
+        left.send(bytes(4000), timeout=PATIENCE)
     for thread in (receiving, draining, answering):
-        thread.join(20)
+        thread.join(PATIENCE)
     assert got == [b"%d" % n for n in range(500)]
 
 
@@ -669,7 +674,7 @@ def test_descriptors_with_data_and_without(ends, forked):
 
     def child(ready):
         with right.claim():
-            data, (fd,) = right.recv_fds(1, timeout=20)
+            data, (fd,) = right.recv_fds(1, timeout=PATIENCE)
             assert data == b"a pipe"
             os.write(fd, b"through it")
             os.close(fd)
@@ -683,7 +688,7 @@ def test_descriptors_with_data_and_without(ends, forked):
     os.close(reader)
     assert process.wait() == 0
     with pytest.raises(EOFError) as caught:
-        left.recv_fds(1, timeout=20)
+        left.recv_fds(1, timeout=PATIENCE)
     assert type(caught.value) is EOFError
     with pytest.raises(BrokenPipeError, match="send_fds on channel"):
         left.send_fds([0])
@@ -745,10 +750,10 @@ def test_what_cant_be_sent(ends):
 
 def answer(end):
     with end:
-        end.send(end.recv(timeout=20)[::-1])
+        end.send(end.recv(timeout=PATIENCE)[::-1])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_multiprocessing(method):
     script = f"""
 import multiprocessing, test_channel
@@ -761,16 +766,16 @@ if __name__ == "__main__":
     child.start()
     right.close()
     left.send(b"abc")
-    assert left.recv(timeout=20) == b"cba"
+    assert left.recv() == b"cba"
     try:
-        left.recv(timeout=20)
+        left.recv()
     except EOFError as error:
         print(type(error).__name__)
     child.join()
 """
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, env=environ
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, env=environ
     )
     assert done.stdout == "EOFError\n", done.stderr
 
@@ -793,16 +798,14 @@ BLOCKING = {
 }
 
 
-def is_interrupted(forked, call):
-    """Seconds from Ctrl-C, which comes when *call* sleeps in the kernel, to KeyboardInterrupt."""
+def interrupted(forked, call):
+    """Ctrl-C, which comes when *call* sleeps in the kernel, ends it by KeyboardInterrupt."""
     begun, begin = os.pipe()
-    hit, when = os.pipe()
 
     def child(ready):
         ready()
         os.read(begun, 1)
-        eventually(lambda: is_asleep(os.getppid()))
-        os.write(when, struct.pack("=d", time.monotonic()))
+        eventually(lambda: asleep(os.getppid()))
         os.kill(os.getppid(), signal.SIGINT)
 
     process = forked(child)
@@ -810,11 +813,9 @@ def is_interrupted(forked, call):
     with pytest.raises(KeyboardInterrupt):
         os.write(begin, b".")  # from here on nothing but the call sleeps
         call()
-    took = time.monotonic() - struct.unpack("=d", os.read(hit, 8))[0]
     assert process.wait() == 0
-    for fd in (begun, begin, hit, when):
+    for fd in (begun, begin):
         os.close(fd)
-    return took
 
 
 @pytest.mark.parametrize("verb", BLOCKING.values(), ids=BLOCKING.keys())
@@ -825,19 +826,19 @@ def test_ctrl_c_ends_every_verb_and_the_channel_stays_usable(ends, forked, verb)
         while True:
             left.send(bytes(4000), timeout=0)
             filled += 1
-    assert min(is_interrupted(forked, lambda: verb(left)) for _ in range(3)) < 0.1
+    interrupted(forked, lambda: verb(left))
     while filled:
-        assert right.recv(timeout=5) == bytes(4000)
+        assert right.recv(timeout=PATIENCE) == bytes(4000)
         filled -= 1
     with contextlib.suppress(TimeoutError):  # send_many had sent some, or none
         right.recv_many(timeout=0)
     for size in (5, 100_000):
-        thread = threading.Thread(target=left.send, args=[bytes(size)], kwargs={"timeout": 20})
+        thread = threading.Thread(target=left.send, args=[bytes(size)], kwargs={"timeout": PATIENCE})
         thread.start()
-        assert right.recv(timeout=20) == bytes(size)
+        assert right.recv(timeout=PATIENCE) == bytes(size)
         thread.join()
         right.send(b"back")
-        assert left.recv(timeout=5) == b"back"
+        assert left.recv(timeout=PATIENCE) == b"back"
 
 
 @pytest.mark.parametrize("verb", ["accept", "aaccept", "connect"])
@@ -848,14 +849,14 @@ def test_ctrl_c_while_a_channel_is_made(path, forked, verb):
             "aaccept": lambda: asyncio.run(listener.aaccept()),
             "connect": lambda: connect(path),
         }[verb]
-        assert min(is_interrupted(forked, call) for _ in range(3)) < 0.1
+        interrupted(forked, call)
         made = []
-        thread = threading.Thread(target=lambda: made.append(connect(path, timeout=20)))
+        thread = threading.Thread(target=lambda: made.append(connect(path, timeout=PATIENCE)))
         thread.start()
-        with listener.accept(timeout=20) as end:
+        with listener.accept(timeout=PATIENCE) as end:
             thread.join()
             end.send(b"x")
-            assert made[0].recv(timeout=5) == b"x"
+            assert made[0].recv(timeout=PATIENCE) == b"x"
             made[0].close()
 
 
@@ -863,7 +864,6 @@ def test_ctrl_c_while_a_channel_is_made(path, forked, verb):
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(600)
 def test_a_gibibyte_through_a_mebibyte(forked):
     """By hash, in messages of all sizes."""
     total = 1 << 30 if WHOLE else 64 << 20
@@ -890,11 +890,11 @@ def test_a_gibibyte_through_a_mebibyte(forked):
     with left.claim():
         digest, sent = hashlib.blake2b(), 0
         for piece in pieces():
-            left.send(piece, timeout=50)
+            left.send(piece, timeout=PATIENCE)
             digest.update(piece)
             sent += len(piece)
         left.close_write()
-        assert left.recv(timeout=50) == digest.digest() + b"%d" % total
+        assert left.recv(timeout=PATIENCE) == digest.digest() + b"%d" % total
     assert process.wait() == 0
     print(f"{sent} bytes through a channel of {1 << 20} bytes, the same by hash")
 
@@ -912,21 +912,20 @@ def use_and_drop(number, listener):
         made = []
         thread = threading.Thread(target=lambda: made.append(connect(listener.path)))
         thread.start()
-        left = listener.accept(timeout=20)
+        left = listener.accept(timeout=PATIENCE)
         thread.join()
         (right,) = made
     left.send(b"%d" % number)
-    assert right.recv(timeout=5) == b"%d" % number
+    assert right.recv(timeout=PATIENCE) == b"%d" % number
     right.send(bytes(3000))
-    select.select([left.fileno()], [], [], 5)
-    assert left.recv(timeout=5) == bytes(3000)
+    select.select([left.fileno()], [], [], PATIENCE)
+    assert left.recv(timeout=PATIENCE) == bytes(3000)
     if number % 2:
         left.close()
         right.close()
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(600)
 def test_many_channels_leave_nothing(path):
     count = 10_000 if WHOLE else 500
     with Listener(path, capacity=4096) as listener:
@@ -950,5 +949,5 @@ def test_elsewhere_it_cant_be_pickled(ends):
 
 def test_the_example_runs():
     example = Path(__file__).parent.parent / "examples" / "channel_worker.py"
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.endswith("the first worker did [0, 1, 4], the second [9, 16, 25]\n"), done.stderr

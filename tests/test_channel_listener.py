@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import fcntl
 import importlib
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import eventually, open_descriptors
+from conftest import PATIENCE, eventually, open_descriptors
 
 from ipckit import Closed, Corrupt, PeerDied, SharedMemory, ring, sockets
 from ipckit.channel import Listener, connect
@@ -54,10 +55,10 @@ def anywhere():
 def connected(listener, **options):
     """The listener's end, and the client's, both in this process."""
     made = []
-    thread = threading.Thread(target=lambda: made.append(connect(listener.path, timeout=20, **options)))
+    thread = threading.Thread(target=lambda: made.append(connect(listener.path, timeout=PATIENCE, **options)))
     thread.start()
-    end = listener.accept(timeout=20)
-    thread.join(20)
+    end = listener.accept(timeout=PATIENCE)
+    thread.join(PATIENCE)
     return end, made[0]
 
 
@@ -73,7 +74,7 @@ def raw_client(listener, *packets):
     return sock
 
 
-def is_over(sock, timeout=20):
+def is_over(sock, timeout=PATIENCE):
     """The other side has closed."""
     sock.settimeout(timeout)
     with contextlib.suppress(ConnectionResetError):
@@ -87,19 +88,19 @@ def is_over(sock, timeout=20):
 def test_between_processes(listener, forked):
     def child(ready):
         listener.close()
-        with connect(listener.path, timeout=20) as end:
+        with connect(listener.path, timeout=PATIENCE) as end:
             assert end.peer.pid == os.getppid()
             end.send(b"from %d" % os.getpid())
-            assert end.recv(timeout=20) == bytes(100_000)
+            assert end.recv(timeout=PATIENCE) == bytes(100_000)
 
     process = forked(child)
-    with listener.accept(timeout=20) as end:
+    with listener.accept(timeout=PATIENCE) as end:
         assert end.peer == (process.pid, os.getuid(), os.getgid())
-        assert end.recv(timeout=20) == b"from %d" % process.pid
-        end.send(bytes(100_000), timeout=20)
+        assert end.recv(timeout=PATIENCE) == b"from %d" % process.pid
+        end.send(bytes(100_000), timeout=PATIENCE)
         assert repr(end) == f"<Channel channel of 8192 bytes to a client at {listener.path!r}>"
         with pytest.raises(EOFError) as caught:
-            end.recv(timeout=20)
+            end.recv(timeout=PATIENCE)
         assert type(caught.value) is EOFError
     assert process.wait() == 0
     assert listener.refused == 0
@@ -111,10 +112,10 @@ def test_a_killed_client_is_noticed(listener, forked):
         end = connect(listener.path)
         end.send(b"x")
         ready()
-        time.sleep(60)
+        signal.pause()
 
     process = forked(child)
-    with listener.accept(timeout=20) as end:
+    with listener.accept(timeout=PATIENCE) as end:
         process.wait_ready()
         process.kill()
         assert end.recv() == b"x"
@@ -128,12 +129,12 @@ def test_a_killed_listener_is_noticed(path, forked):
         ready()
         end = listener.accept()
         end.send(b"x")
-        time.sleep(60)
+        signal.pause()
 
     process = forked(child)
     process.wait_ready()
-    with connect(path, timeout=20) as end:
-        assert end.recv(timeout=20) == b"x"
+    with connect(path, timeout=PATIENCE) as end:
+        assert end.recv(timeout=PATIENCE) == b"x"
         process.kill()
         with pytest.raises(PeerDied):
             end.recv()
@@ -157,7 +158,7 @@ def test_descriptors_and_messages_at_once(listener):
     with ours, theirs:
         theirs.send(b"message")
         theirs.send_fds([0], b"descriptor")
-        data, (fd,) = ours.recv_fds(1, timeout=5)
+        data, (fd,) = ours.recv_fds(1, timeout=PATIENCE)
         os.close(fd)
         assert data == b"descriptor"
         assert ours.recv(timeout=0) == b"message"
@@ -165,12 +166,12 @@ def test_descriptors_and_messages_at_once(listener):
 
 def test_accepting_in_asyncio(listener):
     async def both():
-        accepting = asyncio.create_task(listener.aaccept(timeout=20))
+        accepting = asyncio.create_task(listener.aaccept(timeout=PATIENCE))
         await asyncio.sleep(0.01)
         client = await asyncio.to_thread(connect, listener.path)
         with client, await accepting as end:
             await client.asend(b"x")
-            assert await end.arecv(timeout=20) == b"x"
+            assert await end.arecv(timeout=PATIENCE) == b"x"
         with pytest.raises(TimeoutError) as caught:
             await listener.aaccept(timeout=0.02)
         assert caught.value.errno == errno.ETIMEDOUT
@@ -181,7 +182,7 @@ def test_accepting_in_asyncio(listener):
 def test_the_descriptor_is_readable_when_somebody_comes(listener):
     assert not select.select([listener.fileno()], [], [], 0)[0]
     with raw_client(listener):
-        assert select.select([listener.fileno()], [], [], 20)[0]
+        assert select.select([listener.fileno()], [], [], PATIENCE)[0]
         with pytest.raises(TimeoutError):
             listener.accept(timeout=0)
         assert not select.select([listener.fileno()], [], [], 0)[0]
@@ -191,10 +192,10 @@ def test_a_child_may_accept_too(listener, forked):
     def child(ready):
         with raw_client(listener):  # which the parent deals with
             ready()
-            with listener.accept(timeout=20) as end:
+            with listener.accept(timeout=PATIENCE) as end:
                 end.send(b"%d" % os.getpid())
                 with pytest.raises(EOFError):
-                    end.recv(timeout=20)
+                    end.recv(timeout=PATIENCE)
             listener.close()
             assert os.path.exists(listener.path)
 
@@ -203,11 +204,11 @@ def test_a_child_may_accept_too(listener, forked):
             listener.accept(timeout=0)
         process = forked(child)
         process.wait_ready()
-        with connect(listener.path, timeout=20) as end:
-            assert end.recv(timeout=20) == b"%d" % process.pid
+        with connect(listener.path, timeout=PATIENCE) as end:
+            assert end.recv(timeout=PATIENCE) == b"%d" % process.pid
         assert process.wait() == 0
         silent.send(HELLO)
-        listener.accept(timeout=20).close()
+        listener.accept(timeout=PATIENCE).close()
 
 
 def test_accept_times_out(listener):
@@ -222,15 +223,15 @@ def test_accept_times_out(listener):
 def test_two_threads_accept(listener):
     accepted = []
     threads = [
-        threading.Thread(target=lambda: accepted.append(listener.accept(timeout=20))) for _ in range(2)
+        threading.Thread(target=lambda: accepted.append(listener.accept(timeout=PATIENCE))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     with pytest.raises(TimeoutError):
         listener.accept(timeout=0.02)
-    clients = [connect(listener.path, timeout=20) for _ in range(2)]
+    clients = [connect(listener.path, timeout=PATIENCE) for _ in range(2)]
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     for end in accepted + clients:
         end.close()
 
@@ -250,7 +251,7 @@ def test_closed(listener):
     eventually(listener._turn.locked)
     listener.close()
     listener.close()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert caught == [f"listener at {listener.path!r} is closed"]
     assert listener.closed
     for verb in (listener.accept, listener.fileno, lambda: asyncio.run(listener.aaccept())):
@@ -291,23 +292,24 @@ def test_the_mode_whatever_the_umask(path, mode, umask):
 
 
 def test_the_mode_is_there_from_the_beginning(path, tmp_path):
-    """Looked at by another thread, as fast as it can."""
-    seen, stop = set(), threading.Event()
-
-    def look():
-        while not stop.is_set():
-            with contextlib.suppress(FileNotFoundError):
-                seen.add(stat.S_IMODE(os.stat(path).st_mode))
-
+    """What the kernel tells of the folder: the file comes and goes, and nobody changes its mode between."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    attrib, create, delete = 0x004, 0x100, 0x200
+    told = libc.inotify_init1(os.O_CLOEXEC)
+    assert libc.inotify_add_watch(told, bytes(tmp_path), attrib | create | delete) >= 0
     before = os.umask(0)
-    thread = threading.Thread(target=look)
-    thread.start()
-    for _ in range(100):
+    try:
         Listener(path).close()
-    stop.set()
-    thread.join()
-    os.umask(before)
-    assert seen == {0o600}
+    finally:
+        os.umask(before)
+    head = struct.Struct("=iIII")
+    seen, data = [], os.read(told, 4096)
+    os.close(told)
+    while data:
+        _, mask, _, length = head.unpack_from(data)
+        seen.append(mask)
+        data = data[head.size + length :]
+    assert seen == [create, delete]
 
 
 @pytest.mark.parametrize("options", [{"mode": 0o1600}, {"mode": -1}, {"backlog": 0}, {"capacity": 0}])
@@ -533,18 +535,17 @@ def test_others_are_turned_away_before_they_are_heard(anywhere, forked):
         @as_nobody
         def child(ready):
             with pytest.raises(ConnectionRefusedError, match="turned us away") as caught:
-                connect(anywhere, peer_uid=0, timeout=20)
+                connect(anywhere, peer_uid=0, timeout=PATIENCE)
             assert caught.value.errno == errno.ECONNREFUSED
             with pytest.raises(PermissionError, match="user 0 listens there") as denied:
                 connect(anywhere)
             assert denied.value.errno == errno.EPERM
 
         process = forked(child)
-        with pytest.raises(TimeoutError):
-            while True:
-                listener.accept(timeout=0.5 if process.status is None else 0)
+        while listener.refused < 2:
+            with pytest.raises(TimeoutError):
+                listener.accept(timeout=0.01)
         assert process.wait() == 0
-        assert listener.refused == 2
 
 
 @as_root
@@ -553,15 +554,15 @@ def test_others_that_are_allowed(anywhere, forked):
 
         @as_nobody
         def child(ready):
-            with connect(anywhere, peer_uid=0, timeout=20) as end:
-                end.send(end.recv(timeout=20))
+            with connect(anywhere, peer_uid=0, timeout=PATIENCE) as end:
+                end.send(end.recv(timeout=PATIENCE))
                 assert end.peer.uid == 0
 
         process = forked(child)
-        with listener.accept(timeout=20) as end:
+        with listener.accept(timeout=PATIENCE) as end:
             assert end.peer == (process.pid, NOBODY, NOBODY)
-            end.send(bytes(100_000), timeout=20)
-            assert end.recv(timeout=20) == bytes(100_000)
+            end.send(bytes(100_000), timeout=PATIENCE)
+            assert end.recv(timeout=PATIENCE) == bytes(100_000)
         assert process.wait() == 0
         with pytest.raises(PermissionError, match="user 0 listens there"):
             connect(anywhere, peer_uid=NOBODY)
@@ -573,20 +574,27 @@ def test_others_that_are_allowed(anywhere, forked):
 
 
 def test_a_silent_client_keeps_nobody_waiting(listener, monkeypatch):
-    assert room.HANDSHAKE_TIME == 5
-    monkeypatch.setattr(room, "HANDSHAKE_TIME", 1)
-    with raw_client(listener) as silent, raw_client(listener, b"") as empty:
+    """Who waited for the silent one would run out of time."""
+    monkeypatch.setattr(room, "HANDSHAKE_TIME", 2 * PATIENCE)
+    with raw_client(listener):
         for _ in range(3):
-            start = time.monotonic()
             ours, theirs = connected(listener)
-            assert time.monotonic() - start < 4
             ours.close()
             theirs.close()
-        with pytest.raises(TimeoutError):
-            listener.accept(timeout=room.HANDSHAKE_TIME + 0.3)
+        assert listener.refused == 0
+
+
+def test_a_client_that_stays_silent_is_turned_away(listener, monkeypatch):
+    assert room.HANDSHAKE_TIME == 5
+    monkeypatch.setattr(room, "HANDSHAKE_TIME", 0.1)
+    start = time.monotonic()
+    with raw_client(listener) as silent, raw_client(listener, b"") as empty:
+        while listener.refused < 2:
+            with pytest.raises(TimeoutError):
+                listener.accept(timeout=0.01)
+        assert time.monotonic() - start >= 0.1
         assert is_over(silent)
         assert is_over(empty)
-        assert listener.refused == 2
 
 
 @pytest.mark.parametrize(
@@ -682,7 +690,7 @@ def test_without_descriptors_the_silent_go_first(listener):
         assert caught.value.errno == errno.EMFILE
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    listener.accept(timeout=5).close()
+    listener.accept(timeout=PATIENCE).close()
     client.close()
 
 
@@ -706,9 +714,9 @@ def answered(path, packet, fds, *, hear=True):
         thread = threading.Thread(target=answer)
         thread.start()
         try:
-            return connect(path, timeout=20)
+            return connect(path, timeout=PATIENCE)
         finally:
-            thread.join(20)
+            thread.join(PATIENCE)
 
 
 def memfd(size, seals=True):
@@ -857,7 +865,7 @@ def peek(end):
 
 def hostile(ready, path, kind):
     """A client that becomes a peer of tests/c/peer_channel.c, or does the like with the bells."""
-    end = connect(path, timeout=20)
+    end = connect(path, timeout=PATIENCE)
     ready()
     if kind == "ring_all":
         ring_all(end)
@@ -874,12 +882,11 @@ KINDS = ["send_crumbs", "toggle", "begin_again", "ask_again", "keep_waiting", "w
 
 
 @pytest.mark.proof
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("kind", [*KINDS, "write_noise", "ring_all", "break_bells"])
 def test_a_peer_that_writes_into_the_memory(listener, forked, kind):
-    """Each call ends in time; what it says is one of a few things."""
+    """Each call ends; what it says is one of a few things."""
     process = forked(hostile, listener.path, kind)
-    with listener.accept(timeout=20) as end:
+    with listener.accept(timeout=PATIENCE) as end:
         process.wait_ready()
         calls = [
             lambda: end.recv(timeout=0.03),
@@ -896,19 +903,17 @@ def test_a_peer_that_writes_into_the_memory(listener, forked, kind):
         until = time.monotonic() + (30 if os.environ.get("IPCKIT_PROOF") else 0.5)
         while time.monotonic() < until:
             for call in calls:
-                start = time.monotonic()
                 with contextlib.suppress(TimeoutError, Corrupt, EOFError, BrokenPipeError):
                     try:
                         call()
                     except OSError as error:
                         if error.errno != errno.EMSGSIZE:
                             raise
-                assert time.monotonic() - start < 2
         process.kill()
         process.wait()
         with pytest.raises((EOFError, Corrupt, OSError)):
             for _ in range(100_000):
-                end.recv(timeout=5)
+                end.recv(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -920,10 +925,10 @@ def test_a_signal_is_heard_whatever_the_peer_writes(listener, forked, kind):
         raise Heard
 
     process = forked(hostile, listener.path, kind)
-    timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGUSR1])
+    timer = threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGUSR1])
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        with listener.accept(timeout=20) as end, pytest.raises(Heard):
+        with listener.accept(timeout=PATIENCE) as end, pytest.raises(Heard):
             process.wait_ready()
             timer.start()
             while True:
@@ -953,7 +958,7 @@ def test_a_length_bomb_is_refused_before_anything_is_allocated(listener):
 
 
 def test_what_no_channel_sends_beside_the_messages(listener):
-    with raw_client(listener, HELLO) as client, listener.accept(timeout=20) as end:
+    with raw_client(listener, HELLO) as client, listener.accept(timeout=PATIENCE) as end:
         _, fds = sockets.recv_fds(client, 100, 5)
         for fd in fds:
             os.close(fd)

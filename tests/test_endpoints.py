@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from conftest import eventually
+from conftest import PATIENCE, eventually
 
 import ipckit
 from ipckit import posix, sysv
@@ -124,7 +124,7 @@ def test_each_has_the_verbs(ends):
 def test_what_is_sent_comes_out(ends, data):
     sender, receiver = ends
     assert sender.send(data) is None
-    got = receiver.recv(timeout=5)
+    got = receiver.recv(timeout=PATIENCE)
     assert type(got) is bytes
     assert got == bytes(data)
 
@@ -135,10 +135,10 @@ def test_in_order_one_by_one_and_many(ends):
     for message in messages[:5]:
         sender.send(message)
     assert sender.send_many(iter(messages[5:])) == 5
-    got = [receiver.recv(timeout=5) for _ in range(3)] + receiver.recv_many(2, timeout=5)
+    got = [receiver.recv(timeout=PATIENCE) for _ in range(3)] + receiver.recv_many(2, timeout=PATIENCE)
     assert len(got) == 5
     while len(got) < 10:
-        more = receiver.recv_many(timeout=5)
+        more = receiver.recv_many(timeout=PATIENCE)
         assert more
         got += more
     assert got == messages
@@ -154,7 +154,7 @@ def test_into_a_buffer(ends):
     sender, receiver = ends
     sender.send(b"twelve bytes")
     buffer = room(receiver, 20)
-    assert receiver.recv_into(buffer, timeout=5) == 12
+    assert receiver.recv_into(buffer, timeout=PATIENCE) == 12
     assert buffer[:20] == b"twelve bytes" + bytes(8)
     with pytest.raises(TypeError, match="read-only bytes"):
         receiver.recv_into(bytes(20), timeout=0)
@@ -164,7 +164,7 @@ def test_a_message_too_large_for_the_buffer_stays(ends):
     sender, receiver = ends
     sender.send(b"twelve bytes")
     with pytest.raises(OSError, match="11 bytes") as caught:
-        receiver.recv_into(bytearray(11), timeout=5)
+        receiver.recv_into(bytearray(11), timeout=PATIENCE)
     assert caught.value.errno == errno.EMSGSIZE
     assert receiver.recv(timeout=0) == b"twelve bytes"
 
@@ -204,7 +204,7 @@ def test_there_is_no_room(ends, timeout):
     assert caught.value.errno == errno.ETIMEDOUT
     assert time.monotonic() - start >= timeout
     for _ in range(count):
-        assert receiver.recv(timeout=5) == bytes(1000)
+        assert receiver.recv(timeout=PATIENCE) == bytes(1000)
     with pytest.raises(TimeoutError):  # the one that was not sent never will be
         receiver.recv(timeout=0)
 
@@ -229,13 +229,13 @@ def test_a_blocked_call_ends_with_the_message(ends, forked):
 
     def receive():
         waiting.set()
-        got.append(receiver.recv(timeout=20))
+        got.append(receiver.recv(timeout=PATIENCE))
 
     process = forked(child)
     thread = threading.Thread(target=receive)
     thread.start()
     process.wait_ready()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert got == [b"from the child"]
 
 
@@ -246,7 +246,7 @@ def test_readable_when_a_receive_would_not_block(ends):
     sender.send(b"two")
     eventually(lambda: readable(receiver))
     receiver.recv(timeout=0)
-    assert readable(receiver, 5)
+    assert readable(receiver, PATIENCE)
     receiver.recv(timeout=0)
     assert not readable(receiver)
     sender.send(b"three")
@@ -285,9 +285,9 @@ def test_in_asyncio(ends):
     sender, receiver = ends
 
     async def both():
-        receiving = asyncio.create_task(receiver.arecv(timeout=20))
+        receiving = asyncio.create_task(receiver.arecv(timeout=PATIENCE))
         await asyncio.sleep(0)
-        await sender.asend(b"awaited", timeout=20)
+        await sender.asend(b"awaited", timeout=PATIENCE)
         assert await receiving == b"awaited"
         with pytest.raises(TimeoutError):
             await receiver.arecv(timeout=0.02)
@@ -308,13 +308,13 @@ def test_asend_waits_for_room_without_blocking_the_loop(ends):
 
     async def both():
         count = fill(sender)
-        sending = asyncio.create_task(sender.asend(b"L" * 1000, timeout=20))
+        sending = asyncio.create_task(sender.asend(b"L" * 1000, timeout=PATIENCE))
         done, _ = await asyncio.wait([sending], timeout=0.05)
         assert not done
         for _ in range(count):
-            await receiver.arecv(timeout=20)
+            await receiver.arecv(timeout=PATIENCE)
         await sending
-        return await receiver.arecv(timeout=20)
+        return await receiver.arecv(timeout=PATIENCE)
 
     assert asyncio.run(both()) == b"L" * 1000
 
@@ -332,7 +332,7 @@ def test_a_cancelled_asend_sent_nothing(ends):
         return count
 
     for _ in range(asyncio.run(cancel())):
-        assert receiver.recv(timeout=5) == bytes(1000)
+        assert receiver.recv(timeout=PATIENCE) == bytes(1000)
     with pytest.raises(TimeoutError):
         receiver.recv(timeout=0.05)
 
@@ -341,13 +341,13 @@ def test_a_child_has_both_ends_too(ends, forked):
     sender, receiver = ends
 
     def child(ready):
-        assert receiver.recv(timeout=20) == b"to the child"
+        assert receiver.recv(timeout=PATIENCE) == b"to the child"
         sender.send(b"%d" % os.getpid())
 
     process = forked(child)
     sender.send(b"to the child")
     assert process.wait() == 0
-    assert receiver.recv(timeout=5) == b"%d" % process.pid
+    assert receiver.recv(timeout=PATIENCE) == b"%d" % process.pid
 
 
 def test_threads_share_an_end(ends):
@@ -355,15 +355,17 @@ def test_threads_share_an_end(ends):
     got = []
 
     def receive():
-        got.extend(receiver.recv(timeout=20) for _ in range(200))
+        got.extend(receiver.recv(timeout=PATIENCE) for _ in range(200))
 
     threads = [threading.Thread(target=receive) for _ in range(2)]
     threads += [
-        threading.Thread(target=lambda n=n: [sender.send(b"%d.%d" % (n, i), timeout=20) for i in range(200)])
+        threading.Thread(
+            target=lambda n=n: [sender.send(b"%d.%d" % (n, i), timeout=PATIENCE) for i in range(200)]
+        )
         for n in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(PATIENCE)
     assert sorted(got) == sorted(b"%d.%d" % (n, i) for n in range(2) for i in range(200))

@@ -718,7 +718,7 @@ def test_children_of_multiprocessing_get_handles(method, tmp_path, name):
                 named.unlink()
             named.close()
     """)
-    done = subprocess.run([sys.executable, script], stdin=subprocess.DEVNULL, timeout=50)
+    done = subprocess.run([sys.executable, script], stdin=subprocess.DEVNULL, timeout=PATIENCE)
     assert done.returncode == 0
     assert not list(folder().glob("*")), "neither memory nor records"
 
@@ -1118,6 +1118,6 @@ def test_what_can_not_be_allocated_is_a_plain_error():
 
 def test_the_example_runs():
     example = ROOT / "examples/shared_array.py"
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "4 workers, 800000 bytes, the last of them 315.200\n"

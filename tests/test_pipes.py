@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import eventually
+from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,8 +69,8 @@ def test_a_message_arrives_whole(size):
         message = pattern(size)
         writer.send(message)
         writer.send(b"next")
-        assert reader.recv(timeout=20) == message
-        assert reader.recv(timeout=20) == b"next"
+        assert reader.recv(timeout=PATIENCE) == message
+        assert reader.recv(timeout=PATIENCE) == b"next"
         assert reader.stats().pending == 0
 
 
@@ -257,7 +257,7 @@ def test_garbage_is_corrupt(pipe, garbage):
     writer.write(garbage)
     for receive in (reader.recv, reader.recv_many):  # nothing of it is used, so it stays
         with pytest.raises(Corrupt, match=f"descriptor {reader.fileno()}: .* {garbage[1:3].hex(' ')}"):
-            receive(timeout=20)
+            receive(timeout=PATIENCE)
 
 
 def test_a_lane_that_jumps_is_corrupt(pipe):
@@ -265,7 +265,7 @@ def test_a_lane_that_jumps_is_corrupt(pipe):
     writer.write(chunk(10_000, 0, b"abc"))
     writer.write(chunk(10_000, 4, b"abc"))
     with pytest.raises(Corrupt):
-        reader.recv(timeout=20)
+        reader.recv(timeout=PATIENCE)
     writer.send(b"x")
 
 
@@ -575,7 +575,7 @@ def test_eight_writers_killed_at_random(forked, capacity):
             child.wait_ready()
         for kill in range(400 if PROOF else 24):
             for _ in range(chance.randrange(1, 40)):
-                check_numbered(reader.recv(timeout=20), last)
+                check_numbered(reader.recv(timeout=PATIENCE), last)
             victim = workers.pop(chance.choice([*workers]))
             victim.kill()
             assert victim.wait() == -signal.SIGKILL
@@ -600,7 +600,7 @@ def test_threads_of_one_process_send_and_receive(pipe):
     got = []
 
     def receive():
-        while (message := reader.recv(timeout=20)) != b"stop":
+        while (message := reader.recv(timeout=PATIENCE)) != b"stop":
             got.append(message)
 
     def send(worker):
@@ -650,7 +650,7 @@ def test_a_fork_while_a_thread_receives():
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
         writer.send(b"end")
     """
-    assert subprocess.run([sys.executable, "-c", code], timeout=50).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE).returncode == 0
 
 
 # --- duplex
@@ -661,10 +661,10 @@ def both_at_once(ready, end, how):
     ready()
     mine, theirs = bytes([1]) * (64 * MIB), bytes([2]) * (64 * MIB)
     if how == "exchange":
-        assert end.exchange(mine, timeout=50) == theirs
+        assert end.exchange(mine, timeout=PATIENCE) == theirs
     else:
-        end.send(mine, timeout=50)
-        assert end.recv(timeout=50) == theirs
+        end.send(mine, timeout=PATIENCE)
+        assert end.recv(timeout=PATIENCE) == theirs
 
 
 @pytest.mark.parametrize("how", ["exchange", "send"])
@@ -675,11 +675,11 @@ def test_64_mib_both_ways_at_once(ends, forked, how):
     other.wait_ready()
     mine, theirs = bytes([2]) * (64 * MIB), bytes([1]) * (64 * MIB)
     if how == "exchange":
-        assert parent.exchange(mine, timeout=50) == theirs
+        assert parent.exchange(mine, timeout=PATIENCE) == theirs
     else:
-        parent.send(mine, timeout=50)
-        assert parent.recv(timeout=50) == theirs
-    assert other.wait(50) == 0
+        parent.send(mine, timeout=PATIENCE)
+        assert parent.recv(timeout=PATIENCE) == theirs
+    assert other.wait() == 0
 
 
 def echo(ready, end):
@@ -747,13 +747,13 @@ def test_what_a_send_took_in_is_received_in_order_and_seen_by_select(small_ends,
         parent.recv_into(bytearray())
     got = [parent.recv(), *parent.recv_many(10)]
     while got[-1] != b"end":
-        assert poller.poll(20)
+        assert poller.poll(PATIENCE)
         got += parent.recv_many()
     assert got[:-1] == [b"%d" % i for i in range(5000)]
     assert other.wait() == 0
     child.close()
     assert parent.stats().inbox == 0
-    assert poller.poll(20), "end of stream"
+    assert poller.poll(PATIENCE), "end of stream"
     with pytest.raises(EOFError):
         parent.recv()
     poller.close()
@@ -884,7 +884,7 @@ def test_handles_pickle_to_children_of_multiprocessing(method):
             assert child.exitcode == 0
     """
     script = [sys.executable, "-c", code]
-    assert subprocess.run(script, timeout=50, stdin=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run(script, timeout=PATIENCE, stdin=subprocess.DEVNULL).returncode == 0
 
 
 def test_no_pickle_in_the_middle_of_a_message(pipe):
@@ -1004,11 +1004,11 @@ def test_select(pipe):
     reader, writer = pipe
     assert select.select([reader], [writer], [], 0) == ([], [writer], [])
     writer.send(b"x")
-    assert select.select([reader], [], [], 20)[0] == [reader]
+    assert select.select([reader], [], [], PATIENCE)[0] == [reader]
     reader.recv()
     assert select.select([reader], [], [], 0)[0] == []
     writer.close()
-    assert select.select([reader], [], [], 20)[0] == [reader]
+    assert select.select([reader], [], [], PATIENCE)[0] == [reader]
 
 
 # --- splice and tee
@@ -1057,6 +1057,6 @@ def test_splice_between_the_ends_of_a_duplex(ends, pipe):
 
 def test_the_example():
     example = Path(__file__).parent.parent / "examples" / "pipe_workers.py"
-    run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=50)
+    run = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=PATIENCE)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.splitlines()[-2:] == ["worker 3 did job 2", "12 reports, 0 torn"]

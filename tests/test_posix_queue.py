@@ -90,7 +90,7 @@ def test_the_highest_priority_first_and_the_oldest_of_those(queue):
     queue.send(b"most", priority=32767)
     assert queue.recv_message() == Message(b"most", 32767)
     assert queue.recv() == b"urgent 1"
-    assert queue.recv_message(timeout=5) == (b"urgent 2", 9)
+    assert queue.recv_message(timeout=PATIENCE) == (b"urgent 2", 9)
     assert queue.recv(timeout=5.5) == b"late"
 
 
@@ -123,7 +123,7 @@ def test_what_is_no_buffer_is_refused(queue, data):
 def test_into_a_buffer(queue):
     queue.send(b"hello")
     buffer = bytearray(8200)
-    assert queue.recv_into(buffer, timeout=5) == 5
+    assert queue.recv_into(buffer, timeout=PATIENCE) == 5
     assert buffer[:6] == b"hello\0"
     numbers = np.ones(8192, np.uint8)
     queue.send(bytes(8192))
@@ -689,7 +689,7 @@ def test_closed_is_closed(queue):
     assert "closed" in repr(queue)
     calls = [
         lambda: queue.send(b"x"),
-        lambda: queue.send(b"x", timeout=5),
+        lambda: queue.send(b"x", timeout=PATIENCE),
         lambda: queue.send_many([b"x"]),
         queue.recv,
         queue.recv_message,

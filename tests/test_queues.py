@@ -113,11 +113,11 @@ def fail_to_load(error):
 def test_objects_come_out_in_order(either):
     objects = [1, None, "text", b"bytes", [1, {"a": (2.5, "b")}], {1, 2}, False, bytes(100_000)]
     got = []
-    thread = threading.Thread(target=lambda: got.extend(either.get(timeout=20) for _ in objects))
+    thread = threading.Thread(target=lambda: got.extend(either.get(timeout=PATIENCE) for _ in objects))
     thread.start()
     for obj in objects:
         assert either.put(obj) is None
-    thread.join(20)
+    thread.join(PATIENCE)
     assert got == objects
 
 
@@ -162,7 +162,7 @@ def test_nothing_comes(queue, timeout):
             get(timeout=timeout)
         assert time.monotonic() - start >= timeout
         with pytest.raises(standard.Empty):
-            get(block=False, timeout=20)
+            get(block=False, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("timeout", [0, 0.05, -1])
@@ -174,7 +174,7 @@ def test_there_is_no_room(queue, timeout):
             put(b"x" * 100, timeout=timeout)
         assert time.monotonic() - start >= timeout
         with pytest.raises(standard.Full):
-            put(b"x" * 100, block=False, timeout=20)
+            put(b"x" * 100, block=False, timeout=PATIENCE)
     assert queue.qsize() == count > 30
     fill(queue, 1)
     assert queue.full()
@@ -277,7 +277,7 @@ def test_closing_while_other_threads_use_it():
         time.sleep(random.random() / 200)  # where it closes is left to chance
         queue.close()
         for thread in threads:
-            thread.join(20)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
@@ -442,7 +442,7 @@ def test_tasks():
             assert joined.is_alive()
             queue.get()
             queue.task_done()
-        joined.join(20)
+        joined.join(PATIENCE)
         assert not joined.is_alive()
         with pytest.raises(ValueError, match="task_done.. called too many times"):
             queue.task_done()
@@ -469,8 +469,8 @@ def test_in_asyncio(either, forked):
     assert process.wait() == 0
 
     async def both():
-        await either.aput("awaited", timeout=5)
-        return await either.aget(timeout=5)
+        await either.aput("awaited", timeout=PATIENCE)
+        return await either.aget(timeout=PATIENCE)
 
     assert asyncio.run(both()) == "awaited"
 
@@ -480,7 +480,7 @@ def test_readable_when_something_is_there(either, forked):
     assert not select.select([fd], [], [], 0)[0]
     process = forked(lambda ready: either.put("from the child"))
     assert select.select([fd], [], [], PATIENCE)[0]
-    assert either.get(timeout=5) == "from the child"
+    assert either.get(timeout=PATIENCE) == "from the child"
     assert process.wait() == 0
     assert not select.select([fd], [], [], 0)[0]
 
@@ -616,7 +616,7 @@ GETS = {
     "get": lambda queue: queue.get(),
     "get_many": lambda queue: queue.get_many(),
     "recv": lambda queue: queue.recv(),
-    "recv with a timeout": lambda queue: queue.recv(timeout=50),
+    "recv with a timeout": lambda queue: queue.recv(timeout=PATIENCE),
     "recv_many": lambda queue: queue.recv_many(),
     "peek": lambda queue: queue.peek(),
     "arecv": lambda queue: asyncio.run(queue.arecv()),
@@ -766,8 +766,8 @@ def test_killed_while_it_holds_the_getting_lock(raw, forked):
         raw.get(timeout=0.1)
     process.kill()
     process.wait()
-    assert raw.get(timeout=5) == b"one"  # it had not received it
-    assert raw.get(timeout=5) == b"two"
+    assert raw.get(timeout=PATIENCE) == b"one"  # it had not received it
+    assert raw.get(timeout=PATIENCE) == b"two"
     stats = raw.stats()
     assert (stats.deaths, stats.recoveries, stats.messages) == (1, 1, 0)
     dead = participant(raw, process.pid)
@@ -787,7 +787,7 @@ def test_killed_while_it_holds_the_putting_lock(raw, forked):
         raw.put(b"x", timeout=0.1)
     process.kill()
     process.wait()
-    raw.put(b"sent", timeout=5)
+    raw.put(b"sent", timeout=PATIENCE)
     assert raw.get_many() == [b"sent"]
     stats = raw.stats()
     assert (stats.deaths, stats.recoveries) == (1, 1)
@@ -796,7 +796,7 @@ def test_killed_while_it_holds_the_putting_lock(raw, forked):
 
 def test_killed_while_it_sleeps_in_get(queue, forked):
     sleeper = forked(lambda ready: queue.get())
-    other = forked(lambda ready: queue.get(timeout=20) == "for the living" or os._exit(3))
+    other = forked(lambda ready: queue.get(timeout=PATIENCE) == "for the living" or os._exit(3))
     eventually(lambda: is_waiting(queue, sleeper, "get") and is_waiting(queue, other, "get"))
     assert queue.stats().waiting == 2
     sleeper.kill()
@@ -816,7 +816,7 @@ def test_killed_while_it_sleeps_in_put(queue, forked):
     sleeper.kill()
     sleeper.wait()
     assert participant(queue, sleeper.pid).state == "dead"
-    assert [queue.get(timeout=5) for _ in range(count)] == [b"x" * 100] * count
+    assert [queue.get(timeout=PATIENCE) for _ in range(count)] == [b"x" * 100] * count
     queue.put("after")
     assert queue.get_many() == ["after"]
     stats = queue.stats()
@@ -829,8 +829,8 @@ def test_killed_inside_put_of_a_long_message(raw, forked):
     eventually(lambda: is_waiting(raw, process, "put") and raw.stats().used > 2000)
     process.kill()
     process.wait()
-    raw.put(b"whole", timeout=5)
-    assert raw.get(timeout=5) == b"whole"
+    raw.put(b"whole", timeout=PATIENCE)
+    assert raw.get(timeout=PATIENCE) == b"whole"
     assert raw.qsize() == 0
     stats = raw.stats()
     assert (stats.deaths, stats.recoveries) == (1, 1)
@@ -850,7 +850,7 @@ def test_killed_inside_get_of_a_long_message(raw, forked):
     consumer.kill()
     consumer.wait()
     producer.kill(signal.SIGCONT)
-    assert raw.get(timeout=10) == data
+    assert raw.get(timeout=PATIENCE) == data
     assert producer.wait() == 0
     assert raw.qsize() == 0
     assert participant(raw, consumer.pid).doing == "get"
@@ -878,7 +878,7 @@ def test_qsize_is_exact_after_kills(raw, forked):
         left = raw.qsize()
         got = 0
         while not raw.empty():
-            raw.get(timeout=5)
+            raw.get(timeout=PATIENCE)
             got += 1
         assert got == left
     assert raw.stats().deaths == 24
@@ -924,7 +924,7 @@ thread.join()
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 assert queue.get(timeout=5) == b"z"
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------
@@ -932,7 +932,7 @@ assert queue.get(timeout=5) == b"z"
 BLOCKING = {
     **{name: ("get", call) for name, call in GETS.items() if name != "arecv"},
     "iteration": ("get", lambda queue: next(iter(queue))),
-    "timed get": ("get", lambda queue: queue.get(timeout=50)),
+    "timed get": ("get", lambda queue: queue.get(timeout=PATIENCE)),
     "put": ("put", lambda queue: queue.put(b"x" * 100)),
     "a long put": ("put", lambda queue: queue.put(bytes(100_000))),
     "put_many": ("put", lambda queue: queue.put_many([b"x" * 100] * 99)),
@@ -952,16 +952,16 @@ def test_ctrl_c_ends_every_blocking_call(either, forked, verb):
             call(either)
         except KeyboardInterrupt:
             while not either.empty():
-                either.get(timeout=5)
-            either.put("usable", timeout=5)
-            assert either.get(timeout=5) == "usable"
+                either.get(timeout=PATIENCE)
+            either.put("usable", timeout=PATIENCE)
+            assert either.get(timeout=PATIENCE) == "usable"
             os._exit(5)
 
     process = forked(child)
     process.wait_ready()
     eventually(lambda: is_waiting(either, process, doing))
     process.kill(signal.SIGINT)
-    assert process.wait(10) == 5
+    assert process.wait() == 5
 
 
 def test_ctrl_c_ends_join(forked):
@@ -982,7 +982,7 @@ def test_ctrl_c_ends_join(forked):
         process.wait_ready()
         eventually(lambda: sleeps(process))
         process.kill(signal.SIGINT)
-        assert process.wait(10) == 5
+        assert process.wait() == 5
 
 
 # --- many ------------------------------------------------------------------------------------------
@@ -1000,7 +1000,7 @@ def test_eight_producers_and_eight_consumers_exactly_once(raw, forked):
 
     def produce(ready, producer):
         for number in range(each):
-            raw.put(message(producer, number), timeout=40)
+            raw.put(message(producer, number), timeout=PATIENCE)
         raw.close()
 
     def consume(ready, tell):
@@ -1021,7 +1021,7 @@ def test_eight_producers_and_eight_consumers_exactly_once(raw, forked):
         text += part
         if text.count(b"\n") == 8 * each:
             break
-    assert [process.wait(40) for process in producers + consumers] == [0] * 16
+    assert [process.wait() for process in producers + consumers] == [0] * 16
     os.close(told)
     expected = [b"%d.%d" % (producer, number) for producer in range(8) for number in range(each)]
     assert Counter(text.split()) == Counter(expected)

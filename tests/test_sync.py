@@ -1143,7 +1143,10 @@ def test_in_processes_of_multiprocessing(method, tmp_path):
 def test_the_tests_of_cpython():
     pytest.importorskip("test._test_multiprocessing")
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", HERE / "cpython_sync.py"], capture_output=True, text=True, timeout=55
+        [sys.executable, "-W", "ignore", HERE / "cpython_sync.py"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
     assert "OK" in run.stderr

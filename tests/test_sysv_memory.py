@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sysv_ipc
-from conftest import eventually
+from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ def gone(ident):
 
 def peer(*words):
     return subprocess.run(
-        [PEER, *map(str, words)], capture_output=True, text=True, check=True, timeout=20
+        [PEER, *map(str, words)], capture_output=True, text=True, check=True, timeout=PATIENCE
     ).stdout.rstrip("\n")
 
 
@@ -267,7 +267,7 @@ def in_own_namespace(code, *limits):
     script = textwrap.dedent(code)
     shell = "; ".join([f"echo {value} > /proc/sys/kernel/{name}" for name, value in limits] + ['exec "$@"'])
     command = ["unshare", "--ipc", "sh", "-ec", shell, "sh", sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode and "unshare" in done.stderr:
         pytest.skip(f"no namespace of one's own here: {done.stderr}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -593,7 +593,7 @@ if __name__ == "__main__":
 def test_pickled_to_a_child_of_multiprocessing(method, tmp_path):
     script = tmp_path / "pool.py"
     script.write_text(POOL)
-    done = subprocess.run([sys.executable, script, method], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, script, method], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout, done.stderr) == ("0 True\n", "")
 
 
@@ -693,6 +693,8 @@ def test_the_sysv_ipc_package_reads_what_we_write_and_the_reverse(key, forked):
 
 def test_the_example():
     script = ROOT / "examples/shared_memory.py"
-    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("20000 counted by two processes\nattached 1 time")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import sysv_ipc
-from conftest import eventually
+from conftest import PATIENCE, eventually
 
 from ipckit import Closed, registry
 from ipckit._native import lib
@@ -44,12 +44,12 @@ def semaphore():
 
 def peer(verb, key, *words):
     command = [PEER, verb, *map(str, (*key, *words))]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout)
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout)
 
 
 def hold(ready, semaphore):
     """A child that acquires, and holds until it is killed."""
-    semaphore.acquire(timeout=20)
+    semaphore.acquire(timeout=PATIENCE)
     ready()
     signal.pause()
 
@@ -79,7 +79,7 @@ def test_one_process_waits_for_the_other(key, forked):
     def child(ready):
         found = Semaphore(key, undo=False)
         ready()
-        found.acquire(timeout=20)
+        found.acquire(timeout=PATIENCE)
         found.close()
 
     made = Semaphore(key, 0, create=True, exclusive=True, undo=False)
@@ -242,7 +242,7 @@ def test_removed_while_blocked_and_used_afterwards(forked):
     def child(ready):
         ready()
         with pytest.raises(OSError, match=f"acquiring System V semaphore {made.id}") as caught:
-            made.acquire(timeout=20)
+            made.acquire(timeout=PATIENCE)
         assert caught.value.errno == errno.EIDRM
 
     blocked = forked(child)
@@ -295,7 +295,7 @@ def test_too_many_for_the_kernel():
     """
     shell = 'echo "32000 1024000000 500 3" > /proc/sys/kernel/sem; exec "$@"'
     command = ["unshare", "--ipc", "sh", "-ec", shell, "sh", sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode and "unshare" in done.stderr:
         pytest.skip(f"no namespace of one's own here: {done.stderr}")
     made, number, message = done.stdout.strip().split(" ", 2)
@@ -346,7 +346,7 @@ def test_a_close_by_another_thread_ends_the_wait(semaphore, timeout):
     thread.start()
     eventually(lambda: semaphore.waiting == 1)
     found.close()
-    thread.join(20)
+    thread.join(PATIENCE)
     assert ended and semaphore.waiting == 0
 
 
@@ -500,7 +500,7 @@ def test_killed_holders_give_back(semaphore):
         holds, tell = os.pipe()
         pid = os.fork()
         if pid == 0:
-            semaphore.acquire(timeout=20)
+            semaphore.acquire(timeout=PATIENCE)
             os.write(tell, b".")
             signal.pause()
         os.close(tell)
@@ -589,7 +589,7 @@ def test_with_a_c_program_both_ways(key):
         with pytest.raises(TimeoutError):
             made.acquire(timeout=0)
         holder.stdin.close()
-        made.acquire(timeout=20)
+        made.acquire(timeout=PATIENCE)
     assert holder.returncode == 0
     with subprocess.Popen([PEER, "hold", key[0], str(key[1])], stdin=-1, stdout=-1) as holder:
         eventually(lambda: made.waiting == 1)

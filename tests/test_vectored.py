@@ -7,8 +7,10 @@ import time
 
 import numpy as np
 import pytest
+from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from procfs import asleep
 
 import ipckit
 
@@ -138,7 +140,7 @@ def test_partial_writes_go_on_where_they_stopped(pipe, forked):
     size = 500_000
     child = forked(drain, reader, writer, size)
     data = memoryview(counting(size))
-    assert ipckit.writev_all(writer, [data[:1], data[1:300_000], data[300_000:]], timeout=20) == size
+    assert ipckit.writev_all(writer, [data[:1], data[1:300_000], data[300_000:]], timeout=PATIENCE) == size
     assert child.wait() == 0
 
 
@@ -195,7 +197,7 @@ def test_timeout_bounds_the_whole_and_says_how_much_moved(pipe):
     start = time.monotonic()
     with pytest.raises(TimeoutError, match="after 2 of 3 bytes") as caught:
         ipckit.readv_exact(reader, [bytearray(3)], timeout=0.05)
-    assert 0.05 <= time.monotonic() - start < 5
+    assert time.monotonic() - start >= 0.05
     assert caught.value.errno == errno.ETIMEDOUT
     with pytest.raises(TimeoutError, match=r"after \d+ of 1000000 bytes"):
         ipckit.writev_all(writer, [bytes(1_000_000)], timeout=0)
@@ -261,7 +263,7 @@ def test_a_buffer_in_use_can_not_be_resized(pipe, forked):
 
     def poke(ready, pid):
         ready()
-        time.sleep(0.02)
+        eventually(lambda: asleep(pid, within="pipe_read"))
         os.kill(pid, signal.SIGUSR1)
 
     former = signal.signal(signal.SIGUSR1, grow)
