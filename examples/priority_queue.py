@@ -21,7 +21,7 @@ with MessageQueue(NAME, create=True, exclusive=True) as jobs:
                 if job == STOP:
                     os._exit(0)
 
-        finished = [done.recv(timeout=10) for _ in range(5)]
+        finished = [done.recv(timeout=60) for _ in range(5)]
         jobs.send(STOP)
         os.waitpid(worker, 0)
         done.unlink()

@@ -21,8 +21,8 @@ with Ring(4 * FRAME, many_senders=True) as ring:
 
     with fork(camera, 30) as child:
         for expected in range(30):
-            frame = ring.peek(timeout=5)
+            frame = ring.peek(timeout=60)
             assert frame[0] == frame[-1] == expected
             ring.release()
-    ring.send(b"still in order", timeout=5)
+    ring.send(b"still in order", timeout=60)
     print(f"30 frames of {FRAME} bytes, then {bytes(ring.recv())!r}; camera {child.status}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import posix_ipc
+import procfs
 import pytest
 from conftest import PATIENCE, eventually
 
@@ -75,9 +76,7 @@ def in_thread(call):
 
 def asleep(thread):
     """Does the thread sleep in the kernel?"""
-    stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
-    wait = Path(f"/proc/self/task/{thread.native_id}/wchan").read_text()
-    return stat.rpartition(")")[2].split()[0] == "S" and "poll" in wait
+    return procfs.asleep(os.getpid(), thread.native_id, within="poll")
 
 
 # --- messages --------------------------------------------------------------------------------------
@@ -267,14 +266,14 @@ def test_the_time_that_a_full_or_empty_queue_is_waited_for(queue):
         start = time.monotonic()
         with pytest.raises(TimeoutError, match="receive from POSIX queue '/ipckit-test'") as caught:
             verb(timeout=0.05)
-        assert 0.05 <= time.monotonic() - start < 5
+        assert time.monotonic() - start >= 0.05
         assert caught.value.errno == errno.ETIMEDOUT
     assert fill(queue) == 10
     for data in (b"x", bytearray(b"x")):
         start = time.monotonic()
         with pytest.raises(TimeoutError, match="send to POSIX queue '/ipckit-test'"):
             queue.send(data, priority=5, timeout=0.05)
-        assert 0.05 <= time.monotonic() - start < 5
+        assert time.monotonic() - start >= 0.05
     assert queue.stat().messages == 10
 
 
@@ -292,11 +291,11 @@ def test_signals_neither_end_nor_prolong_a_wait(queue):
     """1,000 a second, while there is nothing to receive and no room to send."""
     seen = []
     former = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
-    us = os.getpid()
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        while os.getppid() == us:  # who adopts an orphan, and how that one takes it, depends on the machine
-            os.kill(us, signal.SIGUSR1)
+        while os.getppid() == parent:
+            os.kill(parent, signal.SIGUSR1)
             time.sleep(0.001)
         os._exit(0)
     try:
@@ -307,11 +306,12 @@ def test_signals_neither_end_nor_prolong_a_wait(queue):
             lambda timeout: (fill(queue), queue.send(b"x", timeout=timeout)),
             lambda timeout: queue.send_many([b"x"], timeout=timeout),
         ):
-            start = time.monotonic()
-            with pytest.raises(TimeoutError):
-                verb(timeout=0.2)
-            assert 0.2 <= time.monotonic() - start < 5
-        assert len(seen) > 50
+            seen.clear()
+            while len(seen) < 10:
+                start = time.monotonic()
+                with pytest.raises(TimeoutError):
+                    verb(timeout=0.05)
+                assert time.monotonic() - start >= 0.05
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -325,13 +325,15 @@ def test_a_handler_that_raises_ends_the_wait(queue):
     former = signal.signal(signal.SIGUSR1, interrupt)
     try:
         for verb in (queue.recv, queue.recv_message, lambda: (fill(queue), queue.send(b"x"))):
-            timer = threading.Timer(
-                0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1)
+            thread, _ = in_thread(
+                lambda: (
+                    eventually(lambda: procfs.asleep(os.getpid(), within="poll")),
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1),
+                )
             )
-            timer.start()
             with pytest.raises(KeyboardInterrupt):
                 verb()
-            timer.join()
+            thread.join()
     finally:
         signal.signal(signal.SIGUSR1, former)
 
@@ -598,7 +600,7 @@ def test_killed_receivers_take_nothing_with_them(queue, forked):
     children = [forked(receive) for _ in range(5)]
     for child in children:
         child.wait_ready()
-        eventually(lambda: "S (sleeping)" in Path(f"/proc/{child.pid}/status").read_text())  # noqa: B023
+        eventually(lambda: procfs.asleep(child.pid, within="poll"))  # noqa: B023
         child.kill()
         assert child.wait() == -signal.SIGKILL
     assert queue.send_many([b"%d" % number for number in range(5)]) == 5

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, eventually
 from making import NEW_NS, NEW_PID, mount, unshare
+from procfs import asleep, state
 
 import ipckit
 from ipckit import inventory, registry
@@ -85,10 +86,6 @@ def participant(queue, pid):
 def is_waiting(queue, process, doing):
     one = participant(queue, process.pid)
     return one is not None and one.waiting and one.doing == doing
-
-
-def sleeps(process):
-    return "futex" in Path(f"/proc/{process.pid}/wchan").read_text()
 
 
 class Fails:
@@ -499,12 +496,13 @@ def test_iterating_ends_when_the_last_producer_closed(either, forked):
 
 
 def test_roles_come_with_the_first_use(queue):
+    before = time.clock_gettime(6)  # CLOCK_MONOTONIC_COARSE, as the table has it
     assert queue.stats().participants == ()
     queue.put(1)
     (me,) = queue.stats().participants
     assert (me.pid, me.state, me.producer, me.consumer) == (os.getpid(), "alive", True, False)
     assert (me.doing, me.waiting) == ("idle", False)
-    assert abs(time.monotonic() - me.active) < 5
+    assert before <= me.active <= time.monotonic()
     queue.get()
     stats = queue.stats()
     (me,) = stats.participants
@@ -608,7 +606,7 @@ def test_whose_only_process_is_both_is_not_at_its_end(queue):
     queue.put(1)
     queue.get()
     with pytest.raises(standard.Empty) as caught:
-        queue.get(timeout=0.6)
+        queue.get(timeout=0.4)
     assert not isinstance(caught.value, EOFError)
 
 
@@ -616,7 +614,7 @@ GETS = {
     "get": lambda queue: queue.get(),
     "get_many": lambda queue: queue.get_many(),
     "recv": lambda queue: queue.recv(),
-    "recv with a timeout": lambda queue: queue.recv(timeout=PATIENCE),
+    "recv with a timeout": lambda queue: queue.recv(timeout=10 * PATIENCE),
     "recv_many": lambda queue: queue.recv_many(),
     "peek": lambda queue: queue.peek(),
     "arecv": lambda queue: asyncio.run(queue.arecv()),
@@ -648,9 +646,7 @@ def test_the_last_producers_end_is_the_end_after_the_rest(queue, forked, verb, h
     # asyncio waits in select, of which the table knows nothing
     eventually(lambda: queue.stats().received == 1 if verb == "arecv" else is_waiting(queue, second, "get"))
     os.write(started, b".")
-    start = time.monotonic()
     assert second.wait() == 0  # the first is a zombie, which is dead
-    assert time.monotonic() - start < 5
     assert first.wait() == (-signal.SIGKILL if how == "SIGKILL" else 0)
     assert queue.stats().deaths == (how != "close")
     for fd in (go, started):
@@ -683,7 +679,7 @@ def test_one_of_two_producers_is_not_the_last(queue, forked):
     first.kill()
     first.wait()
     with pytest.raises(standard.Empty) as caught:
-        queue.get(timeout=0.8)
+        queue.get(timeout=0.4)
     assert not isinstance(caught.value, EOFError)
     second.kill()
     with pytest.raises(Ended):
@@ -700,9 +696,9 @@ def test_a_stopped_producer_lives(queue, forked):
     process.wait_ready()
     assert queue.get() == 1
     process.kill(signal.SIGSTOP)
-    eventually(lambda: ") T " in Path(f"/proc/{process.pid}/stat").read_text())
+    eventually(lambda: state(process.pid) == "T")
     with pytest.raises(standard.Empty) as caught:
-        queue.get(timeout=0.8)
+        queue.get(timeout=0.4)
     assert not isinstance(caught.value, EOFError)
     assert participant(queue, process.pid).state == "alive"
     assert queue.stats().deaths == 0
@@ -722,7 +718,7 @@ def test_who_is_in_another_pid_namespace_is_never_dead(queue, forked):
     assert queue.get() == "from process 1"
     assert participant(queue, 1).state == "unknown"
     with pytest.raises(standard.Empty) as caught:
-        queue.get(timeout=0.6)
+        queue.get(timeout=0.4)
     assert not isinstance(caught.value, EOFError)
     assert queue.stats().deaths == 0
 
@@ -843,10 +839,12 @@ def test_killed_inside_get_of_a_long_message(raw, forked):
     producer = forked(lambda ready: raw.put(data))
     eventually(lambda: is_waiting(raw, producer, "put"))
     producer.kill(signal.SIGSTOP)
-    eventually(lambda: ") T " in Path(f"/proc/{producer.pid}/stat").read_text())
+    eventually(lambda: state(producer.pid) == "T")
     consumer = forked(lambda ready: raw.get())
     # Asleep with the lock: so it is amid the message, however much of that it has taken.
-    eventually(lambda: sleeps(consumer) and raw.stats().receiver == (consumer.pid, consumer.pid))
+    eventually(
+        lambda: asleep(consumer.pid, within="futex") and raw.stats().receiver == (consumer.pid, consumer.pid)
+    )
     consumer.kill()
     consumer.wait()
     producer.kill(signal.SIGCONT)
@@ -917,12 +915,12 @@ if pid == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 pid = os.fork()
 if pid == 0:
-    queue.put(b"z", timeout=20)  # when the parent's thread lets go
+    queue.put(b"z")  # when the parent's thread lets go
     os._exit(0)
 go.set()
 thread.join()
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-assert queue.get(timeout=5) == b"z"
+assert queue.get() == b"z"
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
 
@@ -932,7 +930,7 @@ assert queue.get(timeout=5) == b"z"
 BLOCKING = {
     **{name: ("get", call) for name, call in GETS.items() if name != "arecv"},
     "iteration": ("get", lambda queue: next(iter(queue))),
-    "timed get": ("get", lambda queue: queue.get(timeout=PATIENCE)),
+    "timed get": ("get", lambda queue: queue.get(timeout=10 * PATIENCE)),
     "put": ("put", lambda queue: queue.put(b"x" * 100)),
     "a long put": ("put", lambda queue: queue.put(bytes(100_000))),
     "put_many": ("put", lambda queue: queue.put_many([b"x" * 100] * 99)),
@@ -980,7 +978,7 @@ def test_ctrl_c_ends_join(forked):
 
         process = forked(child)
         process.wait_ready()
-        eventually(lambda: sleeps(process))
+        eventually(lambda: asleep(process.pid, within="futex"))
         process.kill(signal.SIGINT)
         assert process.wait() == 5
 
@@ -1050,7 +1048,7 @@ from ipckit.queues import JoinableQueue, Queue
 
 
 def work(tasks, results, named):
-    results.put([tasks.get(timeout=30)])
+    results.put([tasks.get()])
     named.put(os.getpid())
 
 
@@ -1061,9 +1059,9 @@ if __name__ == "__main__":
         for child in children:
             child.start()
         tasks.put_many([1, 2])
-        assert sorted([results.get(timeout=30), results.get(timeout=30)]) == [[1], [2]]
+        assert sorted([results.get(timeout=600), results.get(timeout=600)]) == [[1], [2]]
         for child in children:
-            child.join(30)
+            child.join()
             assert child.exitcode == 0
         assert sorted(named) == sorted(child.pid for child in children)
         assert [one.consumer for one in results.stats().participants] == [True], "the children left"
@@ -1079,7 +1077,9 @@ def test_in_children_of_multiprocessing(method, tmp_path):
     assert run(tmp_path / "program.py", method).stderr == ""
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(other, marks=pytest.mark.slow) for other in ("spawn", "forkserver"))]
+)
 def test_cpythons_own_tests(method):
     pytest.importorskip("test._test_multiprocessing", reason="this Python came without its tests")
     done = run("cpython_queues.py", method)

@@ -22,6 +22,7 @@ import pytest
 from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from procfs import asleep, state, wakeups
 
 import ipckit
 from ipckit import Ring
@@ -355,29 +356,19 @@ def test_killed_amid_a_long_message(many, forked):
 
 
 def test_a_long_message_is_sent_again_when_its_receiver_is_killed(many, forked):
+    """The sender is stopped amid it, so the receiver waits amid it, too."""
     data = os.urandom(3_000_000)
-
-    def receiver(ready):
-        ready()
-        many.recv()
-        os._exit(9)  # too fast: the test shows it
-
-    def sender(ready):
-        many.send(data, timeout=PATIENCE)
-
-    first = forked(receiver)
-    first.wait_ready()
-    second = forked(sender)
-
-    def has_all():
-        return os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    eventually(lambda: (many.stats().receiver == first.pid and many.stats().used) or has_all())
-    first.kill()
-    if first.wait() == 9:
-        pytest.skip("the receiver had all of it before it was killed")
+    sender = forked(lambda ready: many.send(data))
+    eventually(lambda: many.stats().used > 4000 and asleep(sender.pid, within="futex"))
+    sender.kill(signal.SIGSTOP)
+    eventually(lambda: state(sender.pid) == "T")
+    receiver = forked(lambda ready: many.recv())
+    eventually(lambda: many.stats().receiver == receiver.pid and asleep(receiver.pid, within="futex"))
+    receiver.kill()
+    assert receiver.wait() == -signal.SIGKILL
+    sender.kill(signal.SIGCONT)
     assert many.recv(timeout=PATIENCE) == data
-    assert second.wait() == 0
+    assert sender.wait() == 0
 
 
 def test_the_dead_are_survived_by_the_sleeping(many, forked):
@@ -401,7 +392,7 @@ def test_a_timeout_bounds_a_long_message_in_its_middle(either):
     start = time.monotonic()
     with pytest.raises(TimeoutError):
         either.send(bytes(1 << 20), timeout=0.1)
-    assert 0.1 <= time.monotonic() - start < 10
+    assert time.monotonic() - start >= 0.1
     with pytest.raises(TimeoutError):
         either.recv(timeout=0.05)
     either.send(b"whole")
@@ -420,13 +411,15 @@ def test_without_waiting_a_long_message_goes_through_too(either, forked):
                 pass
 
     process = forked(child)
-    end = time.monotonic() + 30
-    while True:
-        try:
-            assert either.recv(timeout=0) == data
-            break
-        except TimeoutError:
-            assert time.monotonic() < end
+    got = []
+
+    def received():
+        with suppress(TimeoutError):
+            got.append(either.recv(timeout=0))
+        return got
+
+    eventually(received)
+    assert got == [data]
     assert process.wait() == 0
 
 
@@ -465,7 +458,7 @@ def test_ctrl_c_ends_every_blocking_call_and_nothing_is_lost(either, forked, ver
 
     process = forked(child)
     process.wait_ready()
-    eventually(lambda: "futex" in Path(f"/proc/{process.pid}/wchan").read_text())
+    eventually(lambda: asleep(process.pid, within="futex"))
     process.kill(signal.SIGINT)
     assert process.wait() == 5
 
@@ -481,21 +474,25 @@ def test_close_ends_the_calls_of_other_threads(either):
 
     thread = threading.Thread(target=receive)
     thread.start()
-    eventually(lambda: "futex" in Path(f"/proc/self/task/{thread.native_id}/wchan").read_text())
+    eventually(lambda: asleep(os.getpid(), thread.native_id, within="futex"))
     either.close()
     thread.join(PATIENCE)
     assert len(errors) == 1
 
 
-def test_a_blocked_receiver_uses_no_processor(ring, forked):
+def test_a_blocked_receiver_sleeps(ring, forked):
+    """It wakes up after slices of 25, 50 and then 100 ms only. What that costs is in bench/."""
+
     def child(ready):
+        start, before = time.monotonic(), wakeups(os.getpid())
         ready()
-        start = time.process_time()
         with pytest.raises(TimeoutError):
-            ring.recv(timeout=2)
-        assert time.process_time() - start < 0.02
+            ring.recv(timeout=0.5)
+        assert wakeups(os.getpid()) - before <= 10 + (time.monotonic() - start) / 0.1
 
     process = forked(child)
+    process.wait_ready()
+    eventually(lambda: asleep(process.pid, within="futex"))
     assert process.wait() == 0
 
 
@@ -610,7 +607,7 @@ def test_spoilt_memory_is_corrupt_and_no_crash():
 # --- processes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_in_children_of_multiprocessing(method):
     """In a process of its own, because multiprocessing leaves its helpers to the end of the program."""
     program = f"""
@@ -624,9 +621,9 @@ if __name__ == "__main__":
         children = [context.Process(target=echo_one, args=(ring,)) for _ in range(2)]
         for child in children:
             child.start()
-        assert [ring.recv(timeout=30) for _ in children] == [b"from the child"] * 2
+        assert [ring.recv() for _ in children] == [b"from the child"] * 2
         for child in children:
-            child.join(30)
+            child.join()
             assert child.exitcode == 0
 """
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True, timeout=PATIENCE)

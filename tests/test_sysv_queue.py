@@ -7,7 +7,6 @@ import platform
 import random
 import select
 import signal
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -22,6 +21,7 @@ import sysv_ipc
 from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from procfs import state, wakeups
 
 from ipckit import limits, registry
 from ipckit.errors import Closed
@@ -413,13 +413,14 @@ def test_too_many_queues_names_the_limit():
 
 
 def test_stat_and_set(queue):
+    before = int(time.time()) - 1  # the kernel's clock of seconds may lag by a tick
     queue.send(b"hello", type=3)
     queue.recv()
     queue.send(b"xy")
     now = queue.stat()
     assert (now.messages, now.bytes, now.max_bytes) == (1, 2, MSGMNB)
     assert (now.send_pid, now.receive_pid) == (os.getpid(), os.getpid())
-    assert abs(now.send_time - time.time()) < 60
+    assert before <= now.send_time <= time.time()
     assert (now.uid, now.gid, now.creator_uid, now.creator_gid) == (os.getuid(), os.getgid()) * 2
     assert (now.mode, now.key) == (0o600, 0)
     uid, gid = (12, 34) if os.geteuid() == 0 else (os.getuid(), os.getgid())
@@ -572,68 +573,29 @@ def test_a_full_queue_blocks_until_there_is_room(queue):
     assert b"late" * 256 in queue.recv_many()
 
 
-@pytest.mark.proof
-def test_a_timed_receive_ends_in_time_and_uses_no_processor(queue):
-    """10 s, within 5 ms, under 10 ms of processor time; the slice is 1 s, and may be late."""
-    seconds, latest = (10, 0.005) if WHOLE else (1, 0.1)
-    late = []
-    for _ in range(3):
-        used, start = time.process_time(), time.monotonic()
-        with pytest.raises(TimeoutError):
-            queue.recv(timeout=seconds)
-        late.append(time.monotonic() - start - seconds)
-        assert time.process_time() - used < 0.01
-        assert late[-1] >= 0
-        if late[-1] < latest:
-            break
-    print(
-        f"{seconds} s receive ended {late[-1] * 1000:+.2f} ms, {time.process_time() - used:.4f} s of processor"
-    )
-    assert min(late) < latest, "on a busy machine: in one of three"
-
-
-@pytest.mark.proof
-def test_a_timed_receive_wakes_like_an_untimed_one(queue, forked):
-    """The moment from the send to the return, timed and untimed in turns."""
-    rounds = 400 if WHOLE else 60
-
-    def feed(ready, ident):
-        with MessageQueue.from_id(ident) as other:
-            ready()
-            for _ in range(rounds):
-                other.recv(type=2)
-                time.sleep(random.uniform(0.0005, 0.005))
-                other.send(b"%d" % time.monotonic_ns(), type=1)
-
-    child = forked(feed, queue.id)
-    child.wait_ready()
-    delays = {None: [], PATIENCE: []}
-    for i in range(rounds):
-        timeout = (None, PATIENCE)[i % 2]
-        queue.send(b"", type=2)
-        sent = int(queue.recv(type=1, timeout=timeout))
-        delays[timeout].append(time.monotonic_ns() - sent)
-    assert child.wait() == 0
-    untimed, timed = (statistics.median(delays[timeout]) / 1e6 for timeout in (None, PATIENCE))
-    print(f"median from send to return: untimed {untimed:.3f} ms, timed {timed:.3f} ms")
-    assert timed < untimed + 1
+def test_a_timed_receive_sleeps_to_its_end(queue):
+    """It does not wake up now and then to look, so it is woken as an untimed one is."""
+    start, before = time.monotonic(), wakeups(os.getpid())
+    with pytest.raises(TimeoutError):
+        queue.recv(timeout=0.3)
+    assert time.monotonic() - start >= 0.3
+    assert wakeups(os.getpid()) - before < 10
 
 
 def test_a_storm_of_signals_neither_shortens_nor_lengthens_a_wait(queue):
     seen = []
     former = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
     left = signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    start = time.monotonic()
     try:
-        with pytest.raises(TimeoutError):
-            queue.recv(timeout=0.5)
+        while len(seen) < 50:
+            start = time.monotonic()
+            with pytest.raises(TimeoutError):
+                queue.recv(timeout=0.1)
+            assert time.monotonic() - start >= 0.1
     finally:
-        took = time.monotonic() - start
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
         signal.setitimer(signal.ITIMER_REAL, *left)
-    assert 0.5 <= took < 5
-    assert len(seen) > 50
 
 
 def test_handlers_run_while_a_receive_waits_and_may_end_it(queue):
@@ -660,10 +622,10 @@ def test_two_threads_wait_with_times_of_their_own(queue):
             queue.recv(timeout=timeout)
         return time.monotonic() - start
 
-    with thread(wait, 0.1) as first, thread(wait, 0.4) as second:
+    with thread(wait, 0.05) as first, thread(wait, 0.15) as second:
         pass
-    assert first[0] >= 0.1
-    assert second[0] >= 0.4
+    assert first[0] >= 0.05
+    assert second[0] >= 0.15
 
 
 def test_a_signal_that_the_user_handles_is_not_taken(queue):
@@ -815,7 +777,7 @@ def test_a_stopped_and_continued_receiver_goes_on(queue, forked):
     for _ in range(5):
         process_waiting(child.pid)
         child.kill(signal.SIGSTOP)
-        eventually(lambda: "T (stopped)" in Path(f"/proc/{child.pid}/status").read_text())
+        eventually(lambda: state(child.pid) == "T")
         child.kill(signal.SIGCONT)
     queue.send(b"x")
     assert child.wait() == 0
