@@ -748,21 +748,17 @@ def test_what_cant_be_sent(ends):
 # --- other ways to start a process ---------------------------------------------------------------
 
 
+CHILD = """
+import multiprocessing, sys
+from ipckit.channel import channel
+
 def answer(end):
     with end:
-        end.send(end.recv(timeout=PATIENCE)[::-1])
+        end.send(end.recv()[::-1])
 
-
-@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
-def test_multiprocessing(method):
-    script = f"""
-import multiprocessing, test_channel
-from ipckit import PeerDied
-from ipckit.channel import channel
 if __name__ == "__main__":
-    context = multiprocessing.get_context({method!r})
     left, right = channel(8192)
-    child = context.Process(target=test_channel.answer, args=[right])
+    child = multiprocessing.get_context(sys.argv[1]).Process(target=answer, args=[right])
     child.start()
     right.close()
     left.send(b"abc")
@@ -773,10 +769,13 @@ if __name__ == "__main__":
         print(type(error).__name__)
     child.join()
 """
-    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE, env=environ
-    )
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_multiprocessing(method, tmp_path):
+    (tmp_path / "program.py").write_text(CHILD)
+    command = [sys.executable, tmp_path / "program.py", method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "EOFError\n", done.stderr
 
 

@@ -22,6 +22,7 @@ import pytest
 from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from procfs import state
 
 from ipckit import memory, registry, sockets
 from ipckit.errors import Closed
@@ -684,7 +685,7 @@ def test_mapping_a_descriptor_that_may_not_be_written_leaves_it_to_the_caller(sh
 # --- pickling ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_children_of_multiprocessing_get_handles(method, tmp_path, name):
     script = tmp_path / "program.py"
     script.write_text(f"""if True:
@@ -1037,11 +1038,18 @@ def test_a_creator_killed_in_the_middle_leaves_nothing(name, forked):
                 continue
         return 0
 
-    child = forked(make)
-    child.wait_ready()
-    eventually(lambda: blocks(child.pid) > 1000)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
+    def killed_in_the_middle():
+        child = forked(make)
+        child.wait_ready()
+        while blocks(child.pid) <= 1000 and state(child.pid) != "Z":
+            pass
+        child.kill()
+        if child.wait() == -signal.SIGKILL and not (folder() / f"memory.{name}").exists():
+            return True
+        SharedMemory(name=name).unlink()  # it was faster
+        return False
+
+    eventually(killed_in_the_middle)
     assert not (folder() / f"memory.{name}").exists()
     assert os.statvfs("/dev/shm").f_blocks - os.statvfs("/dev/shm").f_bfree < 1000
     with SharedMemory(10, name=name, create=True, exclusive=True) as shared:

@@ -2,6 +2,7 @@ import asyncio
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import pickle
 import random
@@ -18,6 +19,7 @@ import pytest
 from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from procfs import asleep, wakeups
 
 from ipckit import Closed, Corrupt, PeerDied, pipes
 
@@ -36,7 +38,7 @@ def pipe():
 
 @pytest.fixture
 def ends():
-    left, right = pipes.duplex(max_message=64 * MIB)
+    left, right = pipes.duplex(max_message=16 * MIB)
     with left, right:
         yield left, right
 
@@ -455,7 +457,7 @@ def test_a_timeout_while_receiving_loses_nothing(pipe):
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=f"receive on descriptor {reader.fileno()}") as caught:
         reader.recv(timeout=0.05)
-    assert 0.05 <= time.monotonic() - start < 5
+    assert time.monotonic() - start >= 0.05
     assert caught.value.errno == errno.ETIMEDOUT
 
 
@@ -476,14 +478,14 @@ def test_a_timeout_while_sending_gives_the_message_up(pipe):
         writer.send(b"x", timeout=-1)
 
 
-def test_a_blocked_receiver_costs_nothing(pipe):
+def test_a_blocked_receiver_sleeps(pipe):
     reader, writer = pipe
     writer.send(b"x")
     reader.recv()
-    before = time.process_time()
+    start, before = time.monotonic(), wakeups(os.getpid())
     with pytest.raises(TimeoutError):
-        reader.recv(timeout=0.5)
-    assert time.process_time() - before < 0.05
+        reader.recv(timeout=0.2)
+    assert wakeups(os.getpid()) - before <= 10 + (time.monotonic() - start) / 0.1
 
 
 def test_signals_in_the_middle_lose_nothing(pipe, forked):
@@ -502,12 +504,15 @@ def test_signals_in_the_middle_lose_nothing(pipe, forked):
     try:
         stormer = forked(storm, os.getpid())
         stormer.wait_ready()
-        messages = [pattern(size, size) for size in (10, 300_000, 5000, 0, 700_000)] * 4
-        child = forked(sender, writer, messages)
+        messages = [pattern(size, size) for size in (10, 300_000, 5000, 0, 700_000)]
+        child = forked(sender, writer, itertools.cycle(messages))
         reader.keep()
-        assert list(reader) == messages
-        assert child.wait() == 0
-        assert len(seen) > 5
+        child.wait_ready()
+        seen.clear()
+        while len(seen) <= 5:
+            assert [reader.recv() for _ in messages] == messages
+        child.kill()
+        child.wait()
     finally:
         stormer.kill()
         stormer.wait()
@@ -524,11 +529,14 @@ def test_a_handler_that_raises_ends_the_send(pipe):
         raise Stop
 
     former = signal.signal(signal.SIGUSR1, stop)
-    timer = threading.Timer(
-        0, lambda: (eventually(lambda: full(writer)), os.kill(os.getpid(), signal.SIGUSR1))
-    )
+
+    def interrupt():
+        eventually(lambda: full(writer) and asleep(os.getpid()))
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    interrupter = threading.Thread(target=interrupt)
     try:
-        timer.start()
+        interrupter.start()
         with pytest.raises(Stop):
             writer.send(bytes(MIB))
         with pytest.raises(TimeoutError):
@@ -536,7 +544,7 @@ def test_a_handler_that_raises_ends_the_send(pipe):
         writer.send(b"after")
         assert reader.recv() == b"after"
     finally:
-        timer.join()
+        interrupter.join()
         signal.signal(signal.SIGUSR1, former)
 
 
@@ -659,7 +667,7 @@ def test_a_fork_while_a_thread_receives():
 def both_at_once(ready, end, how):
     end.keep()
     ready()
-    mine, theirs = bytes([1]) * (64 * MIB), bytes([2]) * (64 * MIB)
+    mine, theirs = bytes([1]) * (16 * MIB), bytes([2]) * (16 * MIB)
     if how == "exchange":
         assert end.exchange(mine, timeout=PATIENCE) == theirs
     else:
@@ -668,12 +676,12 @@ def both_at_once(ready, end, how):
 
 
 @pytest.mark.parametrize("how", ["exchange", "send"])
-def test_64_mib_both_ways_at_once(ends, forked, how):
+def test_16_mib_both_ways_at_once(ends, forked, how):
     parent, child = ends
     other = forked(both_at_once, child, how)
     parent.keep()
     other.wait_ready()
-    mine, theirs = bytes([2]) * (64 * MIB), bytes([1]) * (64 * MIB)
+    mine, theirs = bytes([2]) * (16 * MIB), bytes([1]) * (16 * MIB)
     if how == "exchange":
         assert parent.exchange(mine, timeout=PATIENCE) == theirs
     else:
@@ -788,10 +796,15 @@ def test_the_inbox_is_bounded(forked):
     with parent, child:
         other = forked(flood_for_ever, child)
         other.wait_ready()
-        with pytest.raises(TimeoutError, match="send on descriptor"):
-            for _ in range(100):
-                parent.send(bytes(100_000), timeout=1)
-        assert 90 <= parent.stats().inbox <= 100
+
+        def tried_to_send():
+            with pytest.raises(TimeoutError, match="send on descriptor"):
+                while True:  # some go into the inbox of the other
+                    parent.send(bytes(100_000), timeout=0.05)
+            return parent.stats().inbox
+
+        eventually(lambda: tried_to_send() >= 90)
+        assert tried_to_send() <= 100
         other.kill()
         other.wait()
 
@@ -855,35 +868,36 @@ def test_descriptors_are_closed_with_the_last_reference():
         pipes.duplex()[0].fileno()
 
 
-def spawned(reader, writer, end):
+CHILD = """
+import multiprocessing, os, sys
+from ipckit import pipes
+
+def work(reader, writer, end):
     assert reader.recv() == b"to the child"
-    writer.send(pattern(100_000))
+    writer.send(bytes(100_000))
     end.send(end.recv() * 2)
     assert not os.get_inheritable(end.fileno())
 
+if __name__ == "__main__":
+    (reader, out), (back, writer) = pipes.pipe(), pipes.pipe()
+    mine, theirs = pipes.duplex(max_message=77)
+    context = multiprocessing.get_context(sys.argv[1])
+    child = context.Process(target=work, args=(reader, writer, theirs))
+    child.start()
+    for end in (out, back, mine):
+        end.keep()
+    out.send(b"to the child")
+    assert back.recv() == bytes(100_000)
+    assert mine.exchange(b"ab") == b"abab"
+    child.join()
+    assert child.exitcode == 0
+"""
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_handles_pickle_to_children_of_multiprocessing(method):
-    code = f"""if True:
-        import multiprocessing, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import test_pipes
-        from ipckit import pipes
-        if __name__ == "__main__":
-            (reader, out), (back, writer) = pipes.pipe(), pipes.pipe()
-            mine, theirs = pipes.duplex(max_message=77)
-            context = multiprocessing.get_context({method!r})
-            child = context.Process(target=test_pipes.spawned, args=(reader, writer, theirs))
-            child.start()
-            for end in (out, back, mine):
-                end.keep()
-            out.send(b"to the child")
-            assert back.recv(timeout=40) == test_pipes.pattern(100_000)
-            assert mine.exchange(b"ab", timeout=40) == b"abab"
-            child.join()
-            assert child.exitcode == 0
-    """
-    script = [sys.executable, "-c", code]
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_handles_pickle_to_children_of_multiprocessing(method, tmp_path):
+    (tmp_path / "program.py").write_text(CHILD)
+    script = [sys.executable, tmp_path / "program.py", method]
     assert subprocess.run(script, timeout=PATIENCE, stdin=subprocess.DEVNULL).returncode == 0
 
 

@@ -607,18 +607,18 @@ def test_spoilt_memory_is_corrupt_and_no_crash():
 # --- processes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
-def test_in_children_of_multiprocessing(method):
-    """In a process of its own, because multiprocessing leaves its helpers to the end of the program."""
-    program = f"""
-import multiprocessing
+CHILDREN = """
+import multiprocessing, sys
 import ipckit
-from test_ring import echo_one
+
+def send_one(ring):
+    assert ring.fileno() >= 0
+    ring.send(b"from the child")
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context({method!r})
+    context = multiprocessing.get_context(sys.argv[1])
     with ipckit.Ring(4096, many_senders=True) as ring:
-        children = [context.Process(target=echo_one, args=(ring,)) for _ in range(2)]
+        children = [context.Process(target=send_one, args=(ring,)) for _ in range(2)]
         for child in children:
             child.start()
         assert [ring.recv() for _ in children] == [b"from the child"] * 2
@@ -626,12 +626,13 @@ if __name__ == "__main__":
             child.join()
             assert child.exitcode == 0
 """
-    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True, timeout=PATIENCE)
 
 
-def echo_one(ring):
-    assert ring.fileno() >= 0
-    ring.send(b"from the child")
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_in_children_of_multiprocessing(method, tmp_path):
+    """In a process of its own, because multiprocessing leaves its helpers to the end of the program."""
+    (tmp_path / "program.py").write_text(CHILDREN)
+    subprocess.run([sys.executable, tmp_path / "program.py", method], check=True, timeout=PATIENCE)
 
 
 def test_many_processes_each_message_once(many, forked):

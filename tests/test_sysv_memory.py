@@ -589,7 +589,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_pickled_to_a_child_of_multiprocessing(method, tmp_path):
     script = tmp_path / "pool.py"
     script.write_text(POOL)
