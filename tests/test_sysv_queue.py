@@ -645,13 +645,14 @@ def test_a_signal_that_the_user_handles_is_not_taken(queue):
         signal.signal(signal.SIGRTMAX, former)
 
 
-def test_a_signal_that_the_user_waits_for_is_not_taken(queue):
-    """Even one that served here before."""
-    with pytest.raises(TimeoutError):
-        queue.recv(timeout=0.01)
-    theirs = {signal.SIGRTMAX, signal.SIGRTMAX - 1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
-    try:
+def test_a_signal_that_the_user_waits_for_is_not_taken(queue, forked):
+    """Even one that served here before. In a process that has no thread but those that block it."""
+
+    def child(ready):
+        with pytest.raises(TimeoutError):
+            queue.recv(timeout=0.01)
+        theirs = {signal.SIGRTMAX, signal.SIGRTMAX - 1}
+        signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
         with thread(lambda: queue.recv(timeout=PATIENCE)) as received:
             waiting()
             os.kill(os.getpid(), signal.SIGRTMAX)
@@ -660,8 +661,8 @@ def test_a_signal_that_the_user_waits_for_is_not_taken(queue):
             queue.send(b"x")
         assert received == [b"x"]
         assert signal.sigtimedwait(theirs, 0).si_signo == signal.SIGRTMAX - 1
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, theirs)
+
+    assert forked(child).wait() == 0
 
 
 def test_a_thread_that_blocks_every_signal_still_ends_in_time(queue):
