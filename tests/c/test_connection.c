@@ -349,7 +349,7 @@ static void a_thread_is_cut(int size, const char *first, size_t len) {
             break;
     assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + 50000000) == -ETIMEDOUT); /* not by itself */
     ik_connection_cut(&c);
-    assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + 10000000000) > 0);
+    assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + 120000000000) > 0);
     ik_connection_join(&thread);
     ik_connection_close(&c);
     assert(c.end == IK_END_CUT && counters.ends[IK_END_CUT] == 1);

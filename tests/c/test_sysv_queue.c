@@ -37,6 +37,8 @@ static void drop(ik_sysv_queue *queue, ik_sysv_message *m) {
     free(m);
 }
 
+enum { PATIENCE = 120000 }; /* milliseconds, however busy the machine is */
+
 static int readable(const ik_sysv_helper *helper, int timeout) {
     struct pollfd one = {.fd = ik_sysv_helper_fileno(helper), .events = POLLIN};
     return poll(&one, 1, timeout);
@@ -99,7 +101,7 @@ static void a_close_at_any_moment_ends_every_wait(void) {
         while (ik_wait_now() % MILLISECOND > MILLISECOND / 2)
             ;
         ik_sysv_queue_close(queue);
-        assert(readable(watch, 1000) == 1);
+        assert(readable(watch, PATIENCE) == 1);
         for (int i = 0; i < THREADS; i++) {
             pthread_join(threads[i], NULL);
             assert(w[i].result == -EBADF || (i % 2 && w[i].result == -ETIMEDOUT));
@@ -118,9 +120,9 @@ static void a_watch_takes_nothing_but_empty_messages(void) {
     int error;
     ik_sysv_helper *watch = ik_sysv_queue_watch(queue, -4, 0, &error);
     assert(ik_sysv_queue_send(queue, "x", 1, 5, IK_NOW) == 0 && readable(watch, 20) == 0);
-    assert(ik_sysv_queue_send(queue, "y", 1, 4, IK_NOW) == 0 && readable(watch, 1000) == 1);
+    assert(ik_sysv_queue_send(queue, "y", 1, 4, IK_NOW) == 0 && readable(watch, PATIENCE) == 1);
     assert(ik_sysv_queue_recv(m, 4, 0, IK_NOW) == 1 && readable(watch, 0) == 0);
-    assert(ik_sysv_queue_send(queue, "", 0, 2, IK_NOW) == 0 && readable(watch, 1000) == 1);
+    assert(ik_sysv_queue_send(queue, "", 0, 2, IK_NOW) == 0 && readable(watch, PATIENCE) == 1);
     assert(ik_sysv_queue_recv(m, -4, 0, IK_NOW) == 0 && m->type == 2 && readable(watch, 0) == 0);
     assert(ik_sysv_queue_recv(m, 0, 0, IK_NOW) == 1 && m->type == 5);
     assert(ik_sysv_helper_stop(watch) == -EINTR);
@@ -140,7 +142,7 @@ static void a_sender_tells_whether_it_sent(void) {
     assert(readable(sender, 20) == 0 && ik_sysv_helper_stop(sender) == -EINTR);
     ik_sysv_helper_free(sender);
     sender = ik_sysv_queue_sender(queue, "de", 2, 9, &error);
-    assert(ik_sysv_queue_recv(m, 0, 0, IK_NOW) == 3 && readable(sender, 1000) == 1);
+    assert(ik_sysv_queue_recv(m, 0, 0, IK_NOW) == 3 && readable(sender, PATIENCE) == 1);
     assert(ik_sysv_helper_stop(sender) == 0);
     ik_sysv_helper_free(sender);
     assert(ik_sysv_queue_recv(m, 9, 0, IK_NOW) == 2);
@@ -152,7 +154,7 @@ static void a_fork_child_has_nothing_of_the_watch(void) {
     ik_sysv_message *m = new_message(queue);
     int error;
     ik_sysv_helper *watch = ik_sysv_queue_watch(queue, 0, 0, &error);
-    assert(ik_sysv_queue_send(queue, "", 0, 2, IK_NOW) == 0 && readable(watch, 1000) == 1);
+    assert(ik_sysv_queue_send(queue, "", 0, 2, IK_NOW) == 0 && readable(watch, PATIENCE) == 1);
     pid_t child = fork();
     if (child == 0) {
         assert(handlers() == 0 && ik_sysv_helper_fileno(watch) == -1);
