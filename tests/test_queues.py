@@ -822,7 +822,7 @@ def test_killed_while_it_sleeps_in_put(queue, forked):
 def test_killed_inside_put_of_a_long_message(raw, forked):
     """Half of it is in the ring."""
     process = forked(lambda ready: raw.put(b"y" * 100_000))
-    eventually(lambda: is_waiting(raw, process, "put") and raw.stats().used > 2000)
+    eventually(lambda: raw.stats().used > 2000 and asleep(process.pid, within="futex"))
     process.kill()
     process.wait()
     raw.put(b"whole", timeout=PATIENCE)
@@ -837,7 +837,7 @@ def test_killed_inside_get_of_a_long_message(raw, forked):
     """The producer is stopped amid it, so the consumer waits amid it, too."""
     data = random.Random(1).randbytes(100_000)
     producer = forked(lambda ready: raw.put(data))
-    eventually(lambda: is_waiting(raw, producer, "put"))
+    eventually(lambda: raw.stats().used > 2000 and asleep(producer.pid, within="futex"))
     producer.kill(signal.SIGSTOP)
     eventually(lambda: state(producer.pid) == "T")
     consumer = forked(lambda ready: raw.get())
