@@ -25,11 +25,15 @@ The rooms, lowest first; each imports only from those before it:
     load        load on an echo server: latencies, and every byte checked
     servers     servers in every classical model, services of your own, the split client
     cli         ipckit serve, client, demo, load, ls, rm, gc, doctor
+
+What most programs need is at the top: ``ipckit.Queue``. So is each room, by its name: ``ipckit.queues``. But
+``ipckit.channel`` is the function; ``from ipckit.channel import ...`` reaches that room.
 """
 
-from ipckit import posix as posix
+import typing as _typing
+from importlib import import_module as _import_module
+
 from ipckit import sockets as sockets
-from ipckit import sysv as sysv
 from ipckit.channel import Channel as Channel
 from ipckit.channel import ChannelStats as ChannelStats
 from ipckit.channel import Listener as Listener
@@ -89,3 +93,28 @@ from ipckit.vectored import readv as readv
 from ipckit.vectored import readv_exact as readv_exact
 from ipckit.vectored import writev as writev
 from ipckit.vectored import writev_all as writev_all
+
+# pyproject.toml reads it here.
+__version__ = "0.1.0"
+
+# Of no use to most programs, so each is imported when it is first asked for.
+_LATER = {"cli", "endpoints", "inventory", "limits", "load", "posix", "servers", "sysv"}
+
+if _typing.TYPE_CHECKING:
+    from ipckit import cli as cli
+    from ipckit import endpoints as endpoints
+    from ipckit import inventory as inventory
+    from ipckit import limits as limits
+    from ipckit import load as load
+    from ipckit import posix as posix
+    from ipckit import servers as servers
+    from ipckit import sysv as sysv
+else:
+
+    def __getattr__(name):
+        if name in _LATER:
+            return _import_module(f"ipckit.{name}")
+        raise AttributeError(f"module 'ipckit' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted(globals().keys() | _LATER)

@@ -1,5 +1,10 @@
 import importlib
+import importlib.metadata
 import pkgutil
+import subprocess
+import sys
+
+import pytest
 
 import ipckit
 
@@ -50,3 +55,39 @@ def test_what_the_rooms_offer_is_at_the_top_and_nothing_else():
 def test_the_map_names_every_room():
     described = {line.split()[0] for line in ipckit.__doc__.splitlines() if line.startswith("    ")}
     assert {room.__name__.removeprefix("ipckit.") for room in rooms()} <= described
+
+
+def test_every_room_is_an_attribute_of_the_package():
+    """In a process of its own: here some test has imported them all."""
+    asked = """
+import ipckit, pkgutil
+for room in pkgutil.iter_modules(ipckit.__path__):
+    if not room.name.startswith("_"):
+        print(room.name, type(getattr(ipckit, room.name)).__name__, room.name in dir(ipckit))
+"""
+    ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    found = dict(line.split(maxsplit=1) for line in ran.stdout.splitlines())
+    assert found.pop("channel") == "function True"  # the room is reached by from ipckit.channel import ...
+    assert len(found) > 20
+    assert set(found.values()) == {"module True"}
+
+
+def test_what_few_programs_need_is_imported_when_it_is_asked_for():
+    asked = """
+import ipckit, sys
+print(*({f"ipckit.{room}" for room in ipckit._LATER} | {"posix_ipc"}) & sys.modules.keys())
+"""
+    ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "\n", "")
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error_that_names_it():
+    with pytest.raises(AttributeError, match="module 'ipckit' has no attribute 'quues'"):
+        _ = ipckit.quues
+    with pytest.raises(ImportError, match="cannot import name 'Quue' from 'ipckit'"):
+        from ipckit import Quue  # noqa: F401
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert ipckit.__version__ == importlib.metadata.version("ipckit-unix")

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import click
 
+from ipckit import __version__
+
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
@@ -23,6 +25,6 @@ def one_line(what: str) -> Iterator[None]:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="ipckit-unix", prog_name="ipckit")
+@click.version_option(__version__, prog_name="ipckit")
 def group() -> None:
     """Inter-process communication on Unix: runnable servers, and what the kernel holds of named objects."""
