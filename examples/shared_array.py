@@ -9,7 +9,7 @@ from ipckit.memory import SharedMemory
 try:
     import numpy as np
 except ImportError:
-    print("this example needs numpy: pip install 'ipckit-unix[numpy]'")
+    print("this example needs numpy: pip install numpy")
     sys.exit()
 
 ROWS, COLUMNS, WORKERS = 400, 250, 4

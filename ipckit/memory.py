@@ -116,7 +116,7 @@ class Views:
         try:
             import numpy as np
         except ImportError:
-            raise ImportError("asarray() needs numpy: pip install 'ipckit-unix[numpy]'") from None
+            raise ImportError("asarray() needs numpy: pip install numpy") from None
         view, kind = self.buf, np.dtype(dtype)
         wanted = f"{kind} {'to the end' if shape is None else shape} at {offset} of {self._what}"
         if kind.hasobject or kind.itemsize == 0:

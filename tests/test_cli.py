@@ -402,7 +402,7 @@ def test_the_demo_verifies_its_log_and_keeps_what_was_there(tmp_path):
     path.write_text("kept\n")
     status, out, errors = run("demo", "--clients", "5", "--messages", "40", cwd=tmp_path)
     assert (status, errors) == (0, "")
-    assert "clients found whole and in order in echomsg.txt: 5 of 5" in out
+    assert "clients whose messages stand in echomsg.txt, each once and in order: 5 of 5" in out
     assert "message 1: hello through the pipe" in out  # the first of whichever client was first
     lines = path.read_text().splitlines()
     assert lines[0] == "kept"
@@ -443,4 +443,7 @@ def test_without_click_it_says_what_to_install():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
-    assert done.stderr == "the command line needs click: install ipckit-unix[cli]\n"
+    assert (
+        done.stderr
+        == "the command line needs click, which comes with the extra cli: pip install '.[cli]' in a clone of ipckit\n"
+    )

@@ -418,7 +418,7 @@ def test_without_numpy_it_is_told_what_to_install():
     """
     status, printed = run(code)
     assert status == 1
-    assert "ImportError: asarray() needs numpy: pip install 'ipckit-unix[numpy]'" in printed
+    assert "ImportError: asarray() needs numpy: pip install numpy" in printed
 
 
 # --- other processes -----------------------------------------------------------------------------

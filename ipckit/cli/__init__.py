@@ -16,5 +16,8 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         if missing.name not in ("click", "rich"):
             raise
-        sys.exit(f"the command line needs {missing.name}: install ipckit-unix[cli]")
+        sys.exit(
+            f"the command line needs {missing.name}, which comes with the extra cli: "
+            "pip install '.[cli]' in a clone of ipckit"
+        )
     commands.group(prog_name="ipckit")

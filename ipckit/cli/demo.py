@@ -43,9 +43,9 @@ def run(clients: int, messages: int, path: str) -> int:
     verified = _verify(logged, clients, messages)
     _show(console, clients, messages, seconds)
     _show_lines(console, path, former)
-    console.print(f"clients that got every echo: {good} of {clients}")
-    console.print(f"clients found whole and in order in {path}: {verified} of {clients}")
-    console.print(f"server {stopped}")
+    console.print(f"clients that got back each of their messages: {good} of {clients}")
+    console.print(f"clients whose messages stand in {path}, each once and in order: {verified} of {clients}")
+    console.print(f"the server was stopped: {stopped}")
     fine = good == verified == clients and stopped.code == 0
     console.print("[green]verified[/]" if fine else "[red]NOT verified[/]")
     return 0 if fine else 1
@@ -126,7 +126,7 @@ def _show(console: Console, clients: int, messages: int, seconds: float) -> None
 
 
 def _show_lines(console: Console, path: str, start: int) -> None:
-    console.print(f"first lines of this run in {path}:")
+    console.print(f"the first lines of this run in {path}:")
     with open(path, "rb") as log:
         log.seek(start)
         for _ in range(_FIRST_LINES):

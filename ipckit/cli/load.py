@@ -90,7 +90,7 @@ def load(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Load the echo server at HOST PORT and check every byte that comes back.
+    """Load an echo server, check every byte that comes back.
 
     Exit status 1 if there were errors; none of them ends the run. Ctrl-C ends it with what was measured
     so far.

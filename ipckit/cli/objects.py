@@ -247,7 +247,9 @@ def rm(ids: tuple[str, ...], force: bool) -> None:
 
 @group.command()
 @click.option(
-    "--dead", is_flag=True, help="Also what was closed in good order, and left, by users who all ended."
+    "--dead",
+    is_flag=True,
+    help="Also what ipckit made and nobody uses, though all its users ended in good order.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @_json

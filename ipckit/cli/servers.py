@@ -30,13 +30,23 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Ser
 
 _SERVER_OPTIONS: "list[tuple[str, Any, str, str]]" = [
     ("--max-connections", _COUNT, "N", "Connections at a time; further ones wait."),
-    ("--idle-timeout", _SECONDS, "SECONDS", "Close a client that sends, or reads, nothing for so long."),
-    ("--total-timeout", _SECONDS, "SECONDS", "Close any connection after so long."),
-    ("--max-output", _COUNT, "BYTES", "The longest answer of a service."),
+    (
+        "--idle-timeout",
+        _SECONDS,
+        "SECONDS",
+        "Close a connection whose client is silent, or does not read its answer, for so long.",
+    ),
+    ("--total-timeout", _SECONDS, "SECONDS", "Close a connection that is so old, whatever its client does."),
+    ("--max-output", _COUNT, "BYTES", "--service: the longest answer."),
     ("--max-children", _COUNT, "N", "fork, prefork: processes at a time."),
     ("--min-spare", _COUNT, "N", "prefork: idle processes kept ready."),
     ("--max-spare", _COUNT, "N", "prefork: idle processes that may stay."),
-    ("--max-requests", click.IntRange(min=0), "N", "prefork: connections that a process serves; 0: any."),
+    (
+        "--max-requests",
+        click.IntRange(min=0),
+        "N",
+        "prefork: connections after which a process is replaced; 0: never.",
+    ),
 ]
 
 _Command = Callable[..., None]
@@ -107,7 +117,8 @@ def _keyword(option: str) -> str:
     type=click.Choice(list(MODELS)),
     default="fork",
     show_default=True,
-    help="How clients are served.",
+    help="fork: a process for each client; prefork: a pool of processes; thread: a thread for each; "
+    "iterative: one client after the other; select, poll, epoll, asyncio: one process for all at once.",
 )
 @click.option(
     "--host",
@@ -120,39 +131,42 @@ def _keyword(option: str) -> str:
 @click.option(
     "--port",
     type=_PORT,
+    metavar="PORT",
     default=7007,
     show_default=True,
     help="The port to listen on; 0 takes a free one and prints it.",
 )
 @click.option("--unix", multiple=True, metavar="PATH", help="A socket file to listen on; also several times.")
-@click.option("--activated", is_flag=True, help="Listen on what the service manager opened (LISTEN_FDS).")
-@_log_option("The file that the logger child appends to.")
+@click.option("--activated", is_flag=True, help="Listen on the sockets that systemd passes (LISTEN_FDS).")
+@_log_option("The file to which each message is appended; a server has one of its own.")
 @click.option("--no-log", is_flag=True, help="Log no messages.")
 @click.option(
     "--format",
     type=click.Choice(["raw", "record"]),
     default="raw",
     show_default=True,
-    help="raw: the bytes as they came; record: a JSON line each.",
+    help="Of the log. raw: the bytes as they came; record: a JSON line for each message.",
 )
 @click.option(
     "--durability",
     type=click.Choice(["none", "written", "synced"]),
     default="none",
     show_default=True,
-    help="What an echo waits for: the log's pipe, the file, the disk.",
+    help="An echo waits until its message is in the pipe to the log (none), in the file (written), "
+    "on the disk (synced).",
 )
 @click.option(
     "--service",
     callback=_service_class,
     metavar="WHERE:CLASS",
-    help="What is done with a client in place of echoing: a Service of a module or of a FILE.py.",
+    help="Serve by this class in place of the echo: MODULE:CLASS or FILE.py:CLASS, a subclass of "
+    "ipckit.servers.Service.",
 )
 @_server_options
 @click.option(
     "--keyboard/--no-keyboard",
     default=None,
-    help="iterative, select, poll, epoll: read standard input too; the line quit ends the server. "
+    help="iterative, select, poll, epoll: read lines from standard input too; quit ends the server. "
     "[default: if it is a terminal]",
 )
 @click.option(
@@ -166,11 +180,14 @@ def _keyword(option: str) -> str:
     default=10.0,
     show_default=True,
     metavar="SECONDS",
-    help="At the stop, cut what has not ended after so long.",
+    help="When the server is stopped, connections may go on for so long.",
 )
-@click.option("--verbose", is_flag=True, help="Print what happens, to standard error.")
+@click.option("--verbose", is_flag=True, help="Print each event to standard error.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print it as a JSON object a line, also the final figures."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the events, and the figures at the end, as JSON objects, one a line.",
 )
 @click.option("--live", is_flag=True, help="Show the figures on the terminal while it runs.")
 def serve(
@@ -194,7 +211,7 @@ def serve(
 
     It answers each client with what the client sent, and writes it to the log first. Ctrl-C or SIGTERM
     ends it: no new clients, what has come is echoed and logged, then it exits with status 0. SIGHUP opens
-    the log again after a rotation, SIGUSR1 prints the figures.
+    the log again after a rotation, SIGUSR1 prints what was done so far.
     """
     if live and (as_json or not sys.stderr.isatty()):
         raise click.UsageError("--live needs standard error to be a terminal, without --json")
@@ -283,10 +300,11 @@ def _run(server: Server, stop_timeout: float) -> None:
 @click.argument("host")
 @click.argument("port", type=click.IntRange(1, 65535))
 def client(host: str, port: int) -> None:
-    """Talk to an echo server at HOST PORT: one process sends what you type, one prints what comes.
+    """Talk to a server at HOST PORT.
 
-    A line that is only q or Q, or the end of the input, ends the sending; the rest of the answer still
-    comes. Works with a file or a pipe on standard input too.
+    One process sends the lines that you type, another one prints what comes back. A line that is only q or
+    Q, or the end of the input, ends the sending; the rest of the answer still comes. Standard input may be
+    a file or a pipe.
     """
     try:
         with one_line(f"{host}:{port}"):
@@ -297,12 +315,28 @@ def client(host: str, port: int) -> None:
 
 @group.command()
 @click.option(
-    "--clients", type=click.IntRange(1, 64), default=8, show_default=True, help="Clients at a time."
+    "--clients",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    default=8,
+    show_default=True,
+    help="Clients at a time.",
 )
-@click.option("--messages", type=click.IntRange(1), default=2000, show_default=True, help="Messages of each.")
-@_log_option("The log; what is in it already stays.")
+@click.option(
+    "--messages",
+    type=click.IntRange(1),
+    metavar="N",
+    default=2000,
+    show_default=True,
+    help="Messages of each.",
+)
+@_log_option("The file to which each message is appended.")
 def demo(clients: int, messages: int, path: str) -> None:
-    """Start the echo server on loopback, drive it with real clients, verify its log, stop it."""
+    """Run the echo server with real clients, verify its log.
+
+    The server listens on a free port of 127.0.0.1, the clients are processes of their own, all at once. Exit
+    status 0 if each message came back, and stands in the log whole, once, in the order of its client.
+    """
     from ipckit.cli import demo as demonstration
 
     with one_line(path):
