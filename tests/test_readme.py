@@ -179,6 +179,13 @@ def test_the_map_has_a_line_for_each_room():
     assert sorted(room for room, _ in rows) == sorted(rooms)
 
 
+def test_the_commands_of_the_tutorial_are_among_those_of_the_readme():
+    shown = {command for block in CONSOLES for command in block}
+    commands = [command for block in consoles(ROOT / "docs" / "tutorial.md") for command in block]
+    assert len(commands) == 3
+    assert set(commands) <= shown
+
+
 def test_every_link_leads_somewhere():
     links = re.findall(r"\]\((?!https?:)([^)#]+)(?:#([^)]*))?\)", README.read_text())
     assert links
