@@ -66,7 +66,7 @@ def run(
         start_new_session=True,
     )
     try:
-        printed, complaint = process.communicate(timeout=2 * PATIENCE)
+        printed, complaint = process.communicate(timeout=PATIENCE)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)  # what it forked, too
         process.communicate()

@@ -128,7 +128,7 @@ def said(server, size):
     """So many characters of what it says."""
     got = b""
     while len(got) < size:
-        readable, _, _ = select.select([server.stdout], [], [], 2 * PATIENCE)
+        readable, _, _ = select.select([server.stdout], [], [], PATIENCE)
         assert readable, f"it said only {got!r}"
         piece = os.read(server.stdout.fileno(), size - len(got))
         assert piece, f"it ended after {got!r}: {server.communicate()[1]!r}"
