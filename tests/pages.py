@@ -75,12 +75,17 @@ def run(
 
 
 def assert_prints(
-    python: str | Path, code: str, output: str | None, method: str | None, folder: Path
+    python: str,
+    code: str,
+    output: str | None,
+    method: str | None,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """The block runs as a script of its own, without a warning, and prints that."""
     script = folder / "block.py"
     script.write_text((_SET_START_METHOD.format(method) if method else "") + code)
-    status, printed, complaint = run([python, "-W", "error", script], folder)
+    status, printed, complaint = run([python, "-W", "error", script], folder, environment)
     assert (status, complaint) == (0, "")
     if output is not None:
         assert printed == output

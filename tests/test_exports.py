@@ -90,4 +90,5 @@ def test_a_name_that_is_not_there_is_an_attribute_error_that_names_it():
 
 
 def test_the_version_is_that_of_the_distribution():
-    assert ipckit.__version__ == importlib.metadata.version("ipckit-unix")
+    installed = importlib.metadata.version("ipckit-unix")
+    assert ipckit.__version__ == installed, "ipckit/__init__.py has another one: touch pyproject.toml, make"

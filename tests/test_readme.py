@@ -11,6 +11,7 @@ import socket
 import subprocess
 import venv
 from itertools import chain, pairwise
+from pathlib import Path
 
 import pytest
 from conftest import PATIENCE
@@ -55,7 +56,8 @@ def environment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "venv"
     venv.EnvBuilder(symlinks=True).create(folder)
     [site] = folder.glob("lib/python*/site-packages")
-    for name in needed("ipckit-unix", ("", "cli")):
+    (site / "ipckit").symlink_to(Path(ipckit.__file__).parent)  # -e: as it is here
+    for name in needed("ipckit-unix", ("", "cli")) - {"ipckit-unix"}:
         link(name, site)
     command = folder / "bin" / "ipckit"
     command.write_text(f"#!{folder}/bin/python\nfrom ipckit.cli import main\nmain()\n")
@@ -65,27 +67,25 @@ def environment(tmp_path_factory):
 
 @pytest.fixture
 def variables(environment):
-    """Those of the process, with that environment in front of PATH."""
-    return os.environ | {"PATH": f"{environment}:{os.environ['PATH']}"}
+    """Those of the process, with that environment in front of PATH, and nothing that adds to it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return kept | {"PATH": f"{environment}:{os.environ['PATH']}"}
 
 
-def test_the_environment_has_what_a_user_has_and_no_more(environment, tmp_path):
+def test_the_environment_has_what_a_user_has_and_no_more(variables, tmp_path):
     asked = "import importlib.util as u; print(*(n for n in {} if u.find_spec(n)))"
-    names = ["ipckit", "cffi", "click", "rich", "numpy", "pytest", "psutil", "sysv_ipc", "conftest"]
-    assert run([environment / "python", "-c", asked.format(names)], tmp_path) == (
-        0,
-        "ipckit cffi click rich\n",
-        "",
-    )
+    names = ["ipckit", "cffi", "click", "rich", "numpy", "pytest", "psutil", "sysv_ipc", "tests"]
+    ran = run(["python", "-c", asked.format(names)], tmp_path, variables)
+    assert ran == (0, "ipckit cffi click rich\n", "")
 
 
 # --- the scripts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code, output, method", list(scripts(README)))
-def test_a_block_runs(code, output, method, environment, tmp_path):
+def test_a_block_runs(code, output, method, variables, tmp_path):
     assert output is not None, "the README shows what each block prints"
-    assert_prints(environment / "python", code, output, method, tmp_path)
+    assert_prints("python", code, output, method, tmp_path, variables)
 
 
 # --- the commands ---------------------------------------------------------------------------------
