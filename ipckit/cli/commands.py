@@ -27,7 +27,7 @@ def one_line(what: str) -> Iterator[None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ipckit")
 def group() -> None:
-    """Inter-process communication: servers that log what they echo, and what has a name in the kernel.
+    """Inter-process communication: servers with a log, and the named objects of this machine.
 
-    `ipckit demo` shows the whole at work. `ipckit COMMAND --help` tells the options of a command.
+    `ipckit demo` shows a server at work. `ipckit COMMAND --help` tells the options of a command.
     """

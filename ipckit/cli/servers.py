@@ -209,9 +209,9 @@ def serve(
 ) -> None:
     """Run the message-logging echo server.
 
-    It answers each client with what the client sent, and writes it to the log first. Ctrl-C or SIGTERM
-    ends it: no new clients, what has come is echoed and logged, then it exits with status 0. SIGHUP opens
-    the log again after a rotation, SIGUSR1 prints what was done so far.
+    It sends each client's bytes back, and writes them to the log first. Ctrl-C or SIGTERM ends it: no new
+    clients, the bytes that have come are logged and echoed, then it exits with status 0. SIGHUP opens
+    the log again after a rotation, SIGUSR1 prints the figures so far.
     """
     if live and (as_json or not sys.stderr.isatty()):
         raise click.UsageError("--live needs standard error to be a terminal, without --json")
@@ -302,7 +302,7 @@ def _run(server: Server, stop_timeout: float) -> None:
 def client(host: str, port: int) -> None:
     """Talk to a server at HOST PORT.
 
-    One process sends the lines that you type, another one prints what comes back. A line that is only q or
+    One process sends the lines that you type, another one prints the answers. A line that is only q or
     Q, or the end of the input, ends the sending; the rest of the answer still comes. Standard input may be
     a file or a pipe.
     """
