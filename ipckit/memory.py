@@ -38,6 +38,7 @@ __all__ = [
     "look_at",
     "naming",
     "open_seen",
+    "unlink_file",
     "unnamed",
 ]
 
@@ -299,6 +300,7 @@ class SharedMemory(Mapping):
     """None for memory without one"""
 
     _member: "registry.Membership | None" = None
+    _birth = ""
 
     def __init__(
         self,
@@ -348,11 +350,11 @@ class SharedMemory(Mapping):
             )
             found = os.fstat(fd)
             self._own(fd, found.st_size, what, readonly=readonly)
-            self.name = name
+            self.name, self._birth = name, registry.birth_of(found)
             if created:
                 fault_in(self._open(), 0, self.size)
             try:
-                self._record(created, found)
+                self._record(created)
             except BaseException:
                 if created:
                     os.unlink(_file(name), dir_fd=at)
@@ -361,9 +363,9 @@ class SharedMemory(Mapping):
         finally:
             os.close(at)
 
-    def _record(self, created: bool, found: os.stat_result) -> None:
+    def _record(self, created: bool) -> None:
         assert self.name is not None
-        self._member = registry.enter("memory", self.name, created=created, birth=registry.birth_of(found))
+        self._member = registry.enter("memory", self.name, created=created, birth=self._birth)
 
     @classmethod
     def from_fd(
@@ -395,31 +397,21 @@ class SharedMemory(Mapping):
     def unlink(self) -> None:
         """Give up the name: nobody can open it any more. Who has the memory keeps it.
 
+        Also after close(). Memory that was made later under the same name is told from this one, and stays.
+
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of later memory; BlockingIOError
-            (EAGAIN) if another process is unlinking it at this moment; ValueError without a name; Closed.
+            (EAGAIN) if another process is unlinking it at this moment; ValueError without a name.
         """
         if self.name is None:
             raise ValueError(f"{self._what} has no name to unlink")
-        # An own open file, as a child after fork shares ours and its lock.
-        guard = self.readonly_fd()
-        try:
-            with registry.entering(), naming(self._what):
-                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._unlink(registry.folder())
-        finally:
-            os.close(guard)
-
-    def _unlink(self, at: int) -> None:
-        assert self.name is not None
-        try:
-            found = os.stat(_file(self.name), dir_fd=at, follow_symlinks=False)
-            if registry.birth_of(found) != registry.birth_of(os.fstat(self.fileno())):
-                check(-errno.ENOENT)
-            os.unlink(_file(self.name), dir_fd=at)
+        with registry.entering():
+            at = registry.folder()
+            try:
+                unlink_file(at, _file(self.name), self._birth, self._what)
+            finally:
+                os.close(at)
             if self._member is not None:
                 self._member.forget()
-        finally:
-            os.close(at)
 
     def close(self, *, defer: bool = False) -> None:
         """End this handle's use of the memory; what has a name stays. As Mapping.close()."""
@@ -439,7 +431,7 @@ class SharedMemory(Mapping):
                 f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
                 "send fileno() with sockets.send_fds(), or give it a name"
             )
-        return _reopened, (self.name, self.readonly, registry.birth_of(os.fstat(fd)))
+        return _reopened, (self.name, self.readonly, self._birth)
 
 
 def _inherited(duplicate: Any, size: int, readonly: bool, name: "str | None") -> SharedMemory:
@@ -450,14 +442,15 @@ def _inherited(duplicate: Any, size: int, readonly: bool, name: "str | None") ->
         memory.name, memory._what = name, f"memory segment {name!r}"
         with registry.entering():
             found = os.fstat(fd)
+            memory._birth = registry.birth_of(found)
             if found.st_nlink:  # else it was unlinked meanwhile
-                memory._record(False, found)
+                memory._record(False)
     return memory
 
 
 def _reopened(name: str, readonly: bool, birth: str) -> SharedMemory:
     memory = SharedMemory(name=name, readonly=readonly)
-    if registry.birth_of(os.fstat(memory.fileno())) != birth:
+    if memory._birth != birth:
         memory.close()
         check(-errno.ENOENT, f"memory segment {name!r} that was pickled; the name is that of later memory")
     return memory
@@ -553,6 +546,35 @@ def open_seen(seen: int, flags: int, what: str) -> int:
     """Open the very file that look_at() saw."""
     with naming(what):
         return os.open(f"/proc/self/fd/{seen}", flags | os.O_CLOEXEC)
+
+
+def unlink_file(at: int, file: str, birth: str, what: str) -> os.stat_result:
+    """Remove the name *file* if it still is that of what was born as *birth*. Call it in entering().
+
+    Whoever unlinks that holds its lock, so nobody takes away its name, and gives it to another, in between.
+
+    Returns: what it was.
+    Raises: FileNotFoundError (ENOENT) if the name is gone, or another's; BlockingIOError (EAGAIN) if another
+        process is unlinking it at this moment.
+    """
+    with naming(what):
+        seen = os.open(file, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    try:
+        if registry.birth_of(os.fstat(seen)) != birth:
+            check(-errno.ENOENT, f"{what}, whose name is that of a later one now")
+        guard = open_seen(seen, os.O_RDONLY, what)  # an open file of our own: a lock belongs to that
+    finally:
+        os.close(seen)
+    try:
+        with naming(what):
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found = os.fstat(guard)
+            if found.st_nlink == 0:
+                check(-errno.ENOENT)
+            os.unlink(file, dir_fd=at)
+    finally:
+        os.close(guard)
+    return found
 
 
 # --- what is not ours is not used ----------------------------------------------------------------

@@ -14,7 +14,6 @@ there were producers, the last is gone and everything was got, ``get()`` raises 
 
 import atexit
 import errno
-import fcntl
 import os
 import pickle
 import stat
@@ -32,7 +31,16 @@ from ipckit import registry, wait
 from ipckit._hot import QueueEnds
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, check
-from ipckit.memory import Mapping, SharedMemory, check_name, look_at, naming, open_seen, unnamed
+from ipckit.memory import (
+    Mapping,
+    SharedMemory,
+    check_name,
+    look_at,
+    naming,
+    open_seen,
+    unlink_file,
+    unnamed,
+)
 from ipckit.ring import (
     DEFAULT_CAPACITY,
     DEFAULT_MAX_MESSAGE,
@@ -585,26 +593,18 @@ class Queue(QueueEnds, Ends):
     def unlink(self) -> None:
         """Give up the name: nobody can open it any more. Who has the queue keeps it.
 
+        Also after close(). A queue that was made later under the same name is told from this one, and stays.
+
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of a later queue; BlockingIOError
-            (EAGAIN) if another process is unlinking it at this moment; ValueError without a name; Closed.
+            (EAGAIN) if another process is unlinking it at this moment; ValueError without a name.
         """
         if self.name is None:
             raise ValueError(f"{self._what} has no name to unlink")
-        if self._memory is None:
-            raise Closed(f"{self._what} is closed")
-        # An own open file, as a child after fork shares ours and its lock.
-        guard = self._memory.readonly_fd()
-        try:
-            with registry.entering(), _folder() as at, naming(self._what):
-                fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                found = os.stat(_file(self.name), dir_fd=at, follow_symlinks=False)
-                if registry.birth_of(found) != self._birth:
-                    check(-errno.ENOENT)
-                _remove(at, self.name, found.st_ino)
-                if self._member is not None:
-                    self._member.forget()
-        finally:
-            os.close(guard)
+        with registry.entering(), _folder() as at:
+            found = unlink_file(at, _file(self.name), self._birth, self._what)
+            _remove_bells(at, found.st_ino)
+            if self._member is not None:
+                self._member.forget()
 
 
 class JoinableQueue(Queue):

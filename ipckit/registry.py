@@ -509,7 +509,8 @@ class Membership:
     """One handle's part in the record of its object. Made by enter()."""
 
     def __init__(self, entry: _Entry) -> None:
-        self._entry: _Entry | None = entry
+        self._entry: _Entry | None = entry  # None once the object was removed
+        self._left = False
 
     def leave(self) -> None:
         """The handle was closed in good order. Idempotent.
@@ -518,8 +519,8 @@ class Membership:
         object was left on purpose.
         """
         with _guard:
-            entry, self._entry = self._entry, None
-            if entry is None or not _give_up(entry):
+            entry, left, self._left = self._entry, self._left, True
+            if entry is None or left or not _give_up(entry):
                 return
             if entry.role == "user":
                 entry.erase()
@@ -530,11 +531,11 @@ class Membership:
     def __del__(self) -> None:
         # Dropped without close(): the record stays, but children don't get what is no longer there.
         with _guard:
-            if self._entry is not None:
+            if self._entry is not None and not self._left:
                 self._entry.handles -= 1
 
     def forget(self) -> None:
-        """The object was removed: every process's record of it goes. Idempotent."""
+        """The object was removed: every process's record of it goes, also after leave(). Idempotent."""
         with _guard:
             entry, self._entry = self._entry, None
             if entry is None:

@@ -21,6 +21,7 @@ IN_THE_ROOM = {
         "look_at",
         "naming",
         "open_seen",
+        "unlink_file",
         "unnamed",
     },
     "pipes": {"Duplex", "DuplexStats", "Reader", "Stats", "Writer"},

@@ -935,10 +935,37 @@ def test_unlink_gives_up_the_name_and_nothing_else(name):
                 assert found.size == later.size
             later.unlink()
     assert os.listdir(folder()) == ["lock"]
-    with pytest.raises(Closed, match="memory segment 'frames' is closed"):
-        first.unlink()
     with SharedMemory(1) as plain, pytest.raises(ValueError, match="anonymous memory of 1 bytes has no name"):
         plain.unlink()
+
+
+def test_close_then_unlink(name, forked):
+    """The order that multiprocessing.shared_memory documents, in the maker and in who opened it."""
+    with SharedMemory(100, name=name, create=True) as made:
+        pass
+    made.unlink()
+    assert os.listdir(folder()) == ["lock"]
+    with pytest.raises(FileNotFoundError, match="memory segment 'frames'"):
+        made.unlink()
+    forked(lambda ready: SharedMemory(100, name=name, create=True).close()).wait()
+    found = SharedMemory(name=name)
+    found.close()
+    found.unlink()
+    assert os.listdir(folder()) == ["lock"]
+
+
+def test_a_closed_handle_unlinks_no_later_memory(name):
+    first = SharedMemory(100, name=name, create=True)
+    first.close()
+    SharedMemory(name=name).unlink()
+    with SharedMemory(100, name=name, create=True) as later:
+        with pytest.raises(
+            FileNotFoundError, match="'frames', whose name is that of a later one now"
+        ) as caught:
+            first.unlink()
+        assert caught.value.errno == errno.ENOENT
+        SharedMemory(name=name).close()
+        later.unlink()
 
 
 def test_unlink_while_another_does(name, forked):

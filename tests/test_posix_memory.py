@@ -334,11 +334,23 @@ def test_closed_is_closed(shared):
         lambda: shared.buf,
         lambda: shared.asarray("u1"),
         shared.fileno,
-        shared.unlink,
         lambda: pickle.dumps(shared),
     ):
         with pytest.raises(Closed, match="POSIX memory '/ipckit-test' is closed"):
             call()
+
+
+def test_close_then_unlink(shared):
+    shared.close()
+    shared.unlink()
+    assert not registry.records()
+    later = SharedMemory(NAME, 8, create=True)
+    later.close()
+    with pytest.raises(FileNotFoundError, match="whose name is that of later memory now"):
+        shared.unlink()
+    later.unlink()
+    with pytest.raises(FileNotFoundError, match="POSIX memory '/ipckit-test'"):
+        later.unlink()
 
 
 def test_removed_while_in_use(shared, forked):

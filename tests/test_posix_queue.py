@@ -699,7 +699,6 @@ def test_closed_is_closed(queue):
         lambda: queue.recv_into(bytearray(8192)),
         queue.fileno,
         queue.stat,
-        queue.unlink,
         lambda: next(iter(queue)),
         lambda: pickle.dumps(queue),
         lambda: asyncio.run(queue.arecv()),
@@ -708,6 +707,19 @@ def test_closed_is_closed(queue):
     for call in calls:
         with pytest.raises(Closed, match="POSIX queue '/ipckit-test' is closed"):
             call()
+
+
+def test_close_then_unlink(queue):
+    queue.close()
+    queue.unlink()
+    assert not registry.records()
+    later = MessageQueue(NAME, create=True)
+    later.close()
+    with pytest.raises(FileNotFoundError, match="whose name is that of a later queue now"):
+        queue.unlink()
+    later.unlink()
+    with pytest.raises(FileNotFoundError, match="POSIX queue '/ipckit-test'"):
+        later.unlink()
 
 
 def test_removed_while_in_use(queue, forked):

@@ -330,12 +330,24 @@ def test_closed_is_closed(semaphore):
         lambda: semaphore.acquire(0),
         semaphore.release,
         lambda: semaphore.value,
-        semaphore.unlink,
         semaphore.__enter__,
         lambda: pickle.dumps(semaphore),
     ):
         with pytest.raises(Closed, match="POSIX semaphore '/ipckit-test' is closed"):
             call()
+
+
+def test_close_then_unlink(semaphore):
+    semaphore.close()
+    semaphore.unlink()
+    assert not registry.records()
+    later = Semaphore(NAME, create=True)
+    later.close()
+    with pytest.raises(FileNotFoundError, match="whose name is that of a later semaphore now"):
+        semaphore.unlink()
+    later.unlink()
+    with pytest.raises(FileNotFoundError, match="POSIX semaphore '/ipckit-test'"):
+        later.unlink()
 
 
 def test_removed_while_in_use(semaphore, forked):

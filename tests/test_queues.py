@@ -1205,9 +1205,20 @@ def test_unlinking(jobs):
         with pytest.raises(FileNotFoundError, match="queue 'jobs' that was pickled"):
             pickle.loads(pickle.dumps(jobs))
         later.unlink()
-        later.close()
-        with pytest.raises(ipckit.Closed, match="queue 'jobs' is closed"):
-            later.unlink()
+
+
+def test_close_then_unlink():
+    with Queue.open("jobs") as jobs:
+        jobs.put(b"lost")
+    jobs.unlink()
+    assert not files("queue", "bell") and not registry.records()
+    with Queue.open("jobs") as later:
+        with pytest.raises(FileNotFoundError, match="'jobs', whose name is that of a later one now"):
+            jobs.unlink()
+        assert later.qsize() == 0
+    later.unlink()
+    with pytest.raises(FileNotFoundError, match="queue 'jobs'"):
+        later.unlink()
 
 
 def test_what_has_no_name_cant_be_unlinked_nor_pickled_elsewhere(queue):

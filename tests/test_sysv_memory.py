@@ -328,11 +328,20 @@ def test_a_closed_handle(segment):
         found.stat,
         found.in_use,
         found.set,
-        found.remove,
         lambda: pickle.dumps(found),
     ):
         with pytest.raises(Closed, match=f"System V segment {segment.id} .* is closed"):
             verb()
+
+
+def test_remove_after_close():
+    with SharedMemory(size=5000) as made:
+        pass
+    made.remove()
+    assert not registry.records()
+    with pytest.raises(OSError, match=f"removing System V segment {made.id}") as caught:
+        made.remove()
+    assert caught.value.errno == errno.EIDRM
 
 
 def test_a_broken_handle_says_removed(segment):

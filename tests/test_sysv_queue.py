@@ -701,15 +701,18 @@ def test_after_close(queue):
     queue.close()
     assert queue.closed
     for call in (
-        queue.recv, queue.recv_message, queue.recv_many, queue.peek, queue.stat, queue.remove, queue.fileno,
+        queue.recv, queue.recv_message, queue.recv_many, queue.peek, queue.stat, queue.fileno,
         lambda: queue.recv(timeout=0), lambda: queue.recv(timeout=1), lambda: queue.recv_into(bytearray(1)),
         lambda: queue.send(b"x"), lambda: queue.send_many([b"x"]), lambda: queue.set(mode=0o600),
         lambda: next(iter(queue)), lambda: asyncio.run(queue.arecv()), lambda: asyncio.run(queue.asend(b"x")),
     ):  # fmt: skip
         with pytest.raises(Closed, match=f"System V queue {queue.id} .private. was closed"):
             call()
-    with MessageQueue.from_id(queue.id) as again:
-        again.remove()
+    queue.remove()
+    assert not registry.records()
+    with pytest.raises(OSError, match="queue was removed") as caught:
+        queue.remove()
+    assert caught.value.errno == errno.EIDRM
 
 
 @pytest.mark.parametrize("timeout", [None, PATIENCE])

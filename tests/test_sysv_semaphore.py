@@ -346,7 +346,6 @@ def test_a_closed_handle(semaphore):
         found.acquire,
         found.release,
         found.stat,
-        found.remove,
         found.set,
         lambda: found.value,
         lambda: setattr(found, "value", 1),
@@ -354,6 +353,16 @@ def test_a_closed_handle(semaphore):
     ):
         with pytest.raises(Closed, match=f"System V semaphore {semaphore.id} .* is closed"):
             verb()
+
+
+def test_remove_after_close():
+    made = Semaphore()
+    made.close()
+    made.remove()
+    assert not registry.records()
+    with pytest.raises(OSError, match=f"removing System V semaphore {made.id}") as caught:
+        made.remove()
+    assert caught.value.errno == errno.EIDRM
 
 
 @pytest.mark.parametrize("timeout", [None, 10 * PATIENCE])

@@ -131,10 +131,11 @@ class SharedMemory(Mapping):
     def unlink(self) -> None:
         """Give up the name: nobody can open it any more. Who has the memory keeps it.
 
+        Also after close(). Memory that was made later under the same name is told from this one, and stays.
+
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of later memory;
-            PermissionError (EACCES) if it is another user's; Closed. See shm_unlink(3).
+            PermissionError (EACCES) if it is another user's. See shm_unlink(3).
         """
-        self.fileno()
         with registry.entering():
             if registry.birth_of(look(self._path, self._owner, self._what)) != self._birth:
                 check(-errno.ENOENT, f"{self._what}, whose name is that of later memory now")

@@ -394,10 +394,11 @@ class MessageQueue(PosixQueue):
     def unlink(self) -> None:
         """Give up the name: nobody can open it any more. Who has the queue open goes on with it.
 
+        Also after close(). A queue that was made later under the same name is told from this one, and stays.
+
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of a later queue; PermissionError
-            (EACCES) if it is another user's; Closed. See mq_unlink(3).
+            (EACCES) if it is another user's. See mq_unlink(3).
         """
-        self.fileno()
         with registry.entering():
             now = self._find()
             try:

@@ -135,10 +135,12 @@ class Semaphore:
     def unlink(self) -> None:
         """Give up the name: nobody can open it any more. Who has the semaphore open goes on with it.
 
+        Also after close(). A semaphore that was made later under the same name is told from this one, and
+        stays.
+
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of a later semaphore;
-            PermissionError (EACCES) if it is another user's; Closed. See sem_unlink(3).
+            PermissionError (EACCES) if it is another user's. See sem_unlink(3).
         """
-        self._open()
         with registry.entering():
             if registry.birth_of(look(self._path, self._owner, self._what)) != self._birth:
                 check(-errno.ENOENT, f"{self._what}, whose name is that of a later semaphore now")

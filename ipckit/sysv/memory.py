@@ -344,11 +344,10 @@ class SharedMemory(Views):
         """Remove the segment: at once if nobody has it attached, else with the last that has.
 
         Its key is free at once. Those attached go on undisturbed, this handle too, so a segment that
-        everybody has may be removed early: then no kill can leave it behind.
+        everybody has may be removed early: then no kill can leave it behind. Also after close().
 
-        Raises: PermissionError (EPERM) if it is another user's; Closed.
+        Raises: PermissionError (EPERM) if it is another user's; OSError EIDRM if it is gone.
         """
-        self._open()
         self._check(lib.ik_sysv_memory_remove(self._id), "removing")
         if self._member:
             self._member.forget()

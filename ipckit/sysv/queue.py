@@ -601,13 +601,12 @@ class MessageQueue(_hot.SysvQueue):
     def remove(self) -> None:
         """Remove the queue with all that is in it; every call that waits on it, anywhere, gets EIDRM.
 
-        The handle stays to be closed.
+        Also after close(); else the handle stays to be closed.
 
         Raises: PermissionError (EPERM) for who is neither owner, creator nor root; OSError EIDRM if it was
             removed already. See IPC_RMID in msgctl(2).
         """
-        rc = -errno.EBADF if self._closed else lib.ik_sysv_queue_remove(self._id)
-        if rc < 0:
+        if (rc := lib.ik_sysv_queue_remove(self._id)) < 0:
             self._fail("remove", rc)
         self._member.forget()
 

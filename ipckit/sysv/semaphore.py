@@ -303,11 +303,10 @@ class Semaphore:
             self._member.refresh(birth=str(status.ctime))
 
     def remove(self) -> None:
-        """Remove it at once; who waits for it gets EIDRM. The handle stays to be closed.
+        """Remove it at once, also after close(). Who waits for it gets EIDRM; the handle stays to be closed.
 
-        Raises: PermissionError (EPERM) if it is another user's; OSError EIDRM if it is gone; Closed.
+        Raises: PermissionError (EPERM) if it is another user's; OSError EIDRM if it is gone.
         """
-        self._open()
         self._check(lib.ik_sysv_semaphore_remove(self._id), "removing")
         self._member.forget()
 
