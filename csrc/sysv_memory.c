@@ -54,9 +54,19 @@ int ik_sysv_memory_stat(int id, ik_sysv_memory_status *ret_status) {
     return 0;
 }
 
-int ik_sysv_memory_set(int id, const ik_sysv_memory_status *status) {
-    struct shmid_ds ds = {
-        .shm_perm = {.uid = status->uid, .gid = status->gid, .mode = status->mode & 0777}};
+int ik_sysv_memory_set(int id, int64_t mode, int64_t uid, int64_t gid) {
+    struct shmid_ds ds;
+    /* Unlike IPC_STAT it asks for no right to read, so the answer is that of IPC_SET. It takes the
+     * index in the kernel's table, which is the low part of an id, and returns whose it is. */
+    int found = shmctl(id, SHM_STAT_ANY, &ds);
+    if (found < 0 || found != id)
+        return found < 0 ? -errno : -EIDRM;
+    if (mode >= 0)
+        ds.shm_perm.mode = (unsigned short)mode;
+    if (uid >= 0)
+        ds.shm_perm.uid = (uid_t)uid;
+    if (gid >= 0)
+        ds.shm_perm.gid = (gid_t)gid;
     return result(shmctl(id, IPC_SET, &ds));
 }
 

@@ -43,8 +43,8 @@ int ik_sysv_memory_attach(int id, void *where, int readonly);
 /* 0, or -EACCES, -EINVAL (no such id), -EIDRM. */
 int ik_sysv_memory_stat(int id, ik_sysv_memory_status *ret_status);
 
-/* Take over uid, gid and the permissions of mode. 0, or -EPERM, -EINVAL, -EIDRM. */
-int ik_sysv_memory_set(int id, const ik_sysv_memory_status *status);
+/* Of mode, uid, gid those that are >= 0; needs no right to read. 0, or -EPERM, -EINVAL, -EIDRM. */
+int ik_sysv_memory_set(int id, int64_t mode, int64_t uid, int64_t gid);
 
 /* 0, or -EPERM, -EINVAL, -EIDRM. */
 int ik_sysv_memory_remove(int id);

@@ -799,8 +799,10 @@ int ik_sysv_queue_stat(ik_sysv_queue *queue, ik_sysv_queue_info *ret_info) {
 int ik_sysv_queue_set(ik_sysv_queue *queue, int64_t max_bytes, int64_t mode, int64_t uid,
                       int64_t gid) {
     struct msqid_ds now;
-    if (msgctl(id_of(queue), IPC_STAT, &now) < 0)
-        return (int)told(queue, -errno);
+    /* See ik_sysv_memory_set(). */
+    int id = id_of(queue), found = msgctl(id, MSG_STAT_ANY, &now);
+    if (found < 0 || found != id)
+        return (int)told(queue, found < 0 ? -errno : -EINVAL);
     if (max_bytes >= 0)
         now.msg_qbytes = (msglen_t)max_bytes;
     if (mode >= 0)
@@ -809,7 +811,7 @@ int ik_sysv_queue_set(ik_sysv_queue *queue, int64_t max_bytes, int64_t mode, int
         now.msg_perm.uid = (uid_t)uid;
     if (gid >= 0)
         now.msg_perm.gid = (gid_t)gid;
-    return msgctl(id_of(queue), IPC_SET, &now) < 0 ? -errno : 0;
+    return msgctl(id, IPC_SET, &now) < 0 ? -errno : 0;
 }
 
 int ik_sysv_queue_remove(int id) {

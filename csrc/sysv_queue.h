@@ -59,7 +59,7 @@ int64_t ik_sysv_queue_recv(ik_sysv_message *message, int64_t type, int all_but,
 /* Copy the message at that place in the queue, which stays: its size, or -ENOMSG, -ENOSYS, ... */
 int64_t ik_sysv_queue_peek(ik_sysv_message *message, int64_t index);
 
-/* Of max_bytes, mode, uid, gid those that are >= 0. */
+/* Of max_bytes, mode, uid, gid those that are >= 0; needs no right to read. */
 int ik_sysv_queue_set(ik_sysv_queue *queue, int64_t max_bytes, int64_t mode, int64_t uid,
                       int64_t gid);
 int ik_sysv_queue_stat(ik_sysv_queue *queue, ik_sysv_queue_info *ret_info);

@@ -75,9 +75,18 @@ int ik_sysv_semaphore_set_value(int id, int value) {
     return result(semctl(id, OURS, SETVAL, (union semun){.val = value}));
 }
 
-int ik_sysv_semaphore_set(int id, const ik_sysv_semaphore_status *status) {
-    struct semid_ds ds = {
-        .sem_perm = {.uid = status->uid, .gid = status->gid, .mode = status->mode & 0777}};
+int ik_sysv_semaphore_set(int id, int64_t mode, int64_t uid, int64_t gid) {
+    struct semid_ds ds;
+    /* See ik_sysv_memory_set(). */
+    int found = semctl(id, 0, SEM_STAT_ANY, (union semun){.buf = &ds});
+    if (found < 0 || found != id)
+        return found < 0 ? -errno : -EIDRM;
+    if (mode >= 0)
+        ds.sem_perm.mode = (unsigned short)mode;
+    if (uid >= 0)
+        ds.sem_perm.uid = (uid_t)uid;
+    if (gid >= 0)
+        ds.sem_perm.gid = (gid_t)gid;
     return result(semctl(id, 0, IPC_SET, (union semun){.buf = &ds}));
 }
 

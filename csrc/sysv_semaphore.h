@@ -40,8 +40,8 @@ int ik_sysv_semaphore_add(int id, int delta, int undo, int64_t wait_ns);
 int ik_sysv_semaphore_stat(int id, ik_sysv_semaphore_status *ret_status);
 int ik_sysv_semaphore_set_value(int id, int value);
 
-/* Take over uid, gid and the permissions of mode. 0, or -EPERM, -EINVAL, -EIDRM. */
-int ik_sysv_semaphore_set(int id, const ik_sysv_semaphore_status *status);
+/* Of mode, uid, gid those that are >= 0; needs no right to read. 0, or -EPERM, -EINVAL, -EIDRM. */
+int ik_sysv_semaphore_set(int id, int64_t mode, int64_t uid, int64_t gid);
 
 /* 0, or -EPERM, -EINVAL, -EIDRM. */
 int ik_sysv_semaphore_remove(int id);

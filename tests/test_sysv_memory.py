@@ -132,6 +132,8 @@ def test_set_changes_mode_and_owner(segment):
     assert (segment.stat().mode, segment.stat().uid) == (0o600, NOBODY)
     with pytest.raises(ValueError, match="0o1777"):
         segment.set(mode=0o1777)
+    with pytest.raises(ValueError, match="gid must be .* not -1"):
+        segment.set(gid=-1)
 
 
 def test_umask_has_no_part_in_the_mode():
@@ -240,8 +242,9 @@ def test_no_permission(key, forked):
         assert caught.value.errno == errno.EPERM
         with pytest.raises(PermissionError, match=f"stat of System V segment {made.id}"):
             made.stat()
-        with pytest.raises(PermissionError):
+        with pytest.raises(PermissionError, match=f"setting System V segment {made.id}") as caught:
             made.set(mode=0o666)
+        assert caught.value.errno == errno.EPERM
         assert in_use(made.id), "not to be looked into, so it counts as in use"
 
     def reader(ready):

@@ -170,6 +170,23 @@ def test_set_changes_mode_and_owner(semaphore):
     assert (found.mode, found.uid, found.gid, found.creator_uid) == (0o640, NOBODY, NOBODY, os.geteuid())
     with pytest.raises(ValueError, match="0o1777"):
         semaphore.set(mode=0o1777)
+    with pytest.raises(ValueError, match="uid must be .* not -5"):
+        semaphore.set(uid=-5)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+def test_only_the_owner_may_set_who_may_read_or_not(semaphore, forked):
+    def stranger(ready):
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        with pytest.raises(PermissionError, match=f"stat of System V semaphore {semaphore.id}") as caught:
+            semaphore.stat()
+        assert caught.value.errno == errno.EACCES
+        with pytest.raises(PermissionError, match=f"setting System V semaphore {semaphore.id}") as caught:
+            semaphore.set(mode=0o666)
+        assert caught.value.errno == errno.EPERM
+
+    assert forked(stranger).wait() == 0
 
 
 def test_umask_has_no_part_in_the_mode():

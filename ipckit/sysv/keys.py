@@ -4,12 +4,12 @@
 import errno
 import os
 from collections.abc import Callable
-from typing import Any
 
 from ipckit.errors import check
 
 __all__ = ["Key", "ftok"]
 
+_LARGEST_OWNER = (1 << 31) - 2
 PRIVATE = 0  # IPC_PRIVATE: no key at all, a new object each time
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -75,11 +75,13 @@ def check_known(rc: int, what: str) -> int:
     return check(-errno.EIDRM if rc == -errno.EINVAL else rc, what)
 
 
-def change(status: Any, mode: int | None, uid: int | None, gid: int | None) -> None:
-    """Put what is given into what IPC_STAT told, for IPC_SET."""
-    for name, value in (("mode", mode), ("uid", uid), ("gid", gid)):
-        if value is not None:
-            setattr(status, name, value)
+def changes(mode: int | None, uid: int | None, gid: int | None) -> list[int]:
+    """The three as C takes them for IPC_SET: -1 leaves as it is. Raises: ValueError."""
+    check_creation(True, False, mode or 0)
+    for name, value in (("uid", uid), ("gid", gid)):
+        if value is not None and not 0 <= value <= _LARGEST_OWNER:
+            raise ValueError(f"{name} must be a number from 0 to {_LARGEST_OWNER}, not {value}")
+    return [-1 if value is None else value for value in (mode, uid, gid)]
 
 
 def find_or_create(

@@ -23,7 +23,7 @@ from ipckit.memory import Views, fault_in
 from ipckit.sysv.keys import (
     PRIVATE,
     Key,
-    change,
+    changes,
     check_creation,
     check_known,
     find_or_create,
@@ -330,12 +330,8 @@ class SharedMemory(Views):
 
         Raises: PermissionError (EPERM); OSError EIDRM; Closed. See shmctl(2), IPC_SET.
         """
-        check_creation(True, False, mode or 0)
         self._open()
-        rc, status = _status(self._id)
-        self._check(rc, "stat of")
-        change(status, mode, uid, gid)
-        self._check(lib.ik_sysv_memory_set(self._id, status), "setting")
+        self._check(lib.ik_sysv_memory_set(self._id, *changes(mode, uid, gid)), "setting")
         rc, status = _status(self._id)
         if rc == 0 and self._member:  # else the new mode keeps us out, too
             self._member.refresh(birth=str(status.ctime))

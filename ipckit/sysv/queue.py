@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 from ipckit import _hot, limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.sysv.keys import PRIVATE, Key, check_creation, find_or_create, key_of, shown
+from ipckit.sysv.keys import PRIVATE, Key, changes, check_creation, find_or_create, key_of, shown
 from ipckit.vectored import Buffer
 from ipckit.wait import NOW, READ, deadline, ready
 
@@ -578,16 +578,8 @@ class MessageQueue(_hot.SysvQueue):
         Raises: PermissionError (EPERM) for who is neither owner, creator nor root, and for max_bytes over
             kernel.msgmnb without CAP_SYS_RESOURCE; ValueError for a bad number. See IPC_SET in msgctl(2).
         """
-        check_creation(True, False, mode or 0)
-        for name, value in (("uid", uid), ("gid", gid)):
-            if value is not None and not 0 <= value < _INT_MAX:
-                raise ValueError(f"{name} must be a number from 0 to {_INT_MAX - 1}, not {value}")
-        self._change(
-            -1 if max_bytes is None else _check_max_bytes(max_bytes),
-            -1 if mode is None else mode,
-            -1 if uid is None else uid,
-            -1 if gid is None else gid,
-        )
+        who = changes(mode, uid, gid)
+        self._change(-1 if max_bytes is None else _check_max_bytes(max_bytes), *who)
         self._member.refresh(birth=str(self._birth()))
 
     def _change(self, max_bytes: int, mode: int, uid: int, gid: int) -> None:

@@ -19,7 +19,7 @@ from ipckit.errors import Closed, check
 from ipckit.sysv.keys import (
     PRIVATE,
     Key,
-    change,
+    changes,
     check_creation,
     check_known,
     find_or_create,
@@ -264,7 +264,9 @@ class Semaphore:
 
         Raises: PermissionError (EACCES) without the right to read; OSError EIDRM; Closed.
         """
-        found = self._found()
+        self._open()
+        rc, found = _status(self._id)
+        self._check(rc, "stat of")
         return SemaphoreStat(
             key=found.key,
             value=found.value,
@@ -279,21 +281,13 @@ class Semaphore:
             mode=found.mode & 0o777,
         )
 
-    def _found(self) -> Any:
-        self._open()
-        rc, status = _status(self._id)
-        self._check(rc, "stat of")
-        return status
-
     def set(self, *, mode: int | None = None, uid: int | None = None, gid: int | None = None) -> None:
         """Change permissions and owner; None leaves as it is. Only for owner, creator and root.
 
         Raises: PermissionError (EPERM); OSError EIDRM; Closed. See semctl(2), IPC_SET.
         """
-        check_creation(True, False, mode or 0)
-        status = self._found()
-        change(status, mode, uid, gid)
-        self._check(lib.ik_sysv_semaphore_set(self._id, status), "setting")
+        self._open()
+        self._check(lib.ik_sysv_semaphore_set(self._id, *changes(mode, uid, gid)), "setting")
         self._refresh()
 
     def _refresh(self) -> None:
