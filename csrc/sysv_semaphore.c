@@ -31,10 +31,10 @@ int ik_sysv_semaphore_start(int id, int value) {
     struct sembuf steps[] = {
         {.sem_num = STARTED, .sem_op = 0, .sem_flg = IPC_NOWAIT},
         {.sem_num = STARTED, .sem_op = 1},
-        {.sem_num = OURS, .sem_op = (short)value},
+        /* Adding 0 means: wait for 0, which it is; and the kernel notes who gave it that, too. */
+        {.sem_num = OURS, .sem_op = (short)value, .sem_flg = IPC_NOWAIT},
     };
-    /* Adding 0 would mean: wait for 0. */
-    return result(semop(id, steps, value ? 3 : 2));
+    return result(semop(id, steps, 3));
 }
 
 int ik_sysv_semaphore_add(int id, int delta, int undo, int64_t wait_ns) {

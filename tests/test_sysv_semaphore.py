@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -18,7 +19,7 @@ import sysv_ipc
 from conftest import PATIENCE, eventually
 from procfs import wakeups
 
-from ipckit import Closed, registry
+from ipckit import Closed, inventory, registry
 from ipckit._native import lib
 from ipckit.sysv import semaphore as semaphores
 from ipckit.sysv.keys import ftok
@@ -151,6 +152,38 @@ def test_signals_run_their_handlers_and_the_wait_goes_on(semaphore):
         with pytest.raises(TimeoutError):
             semaphore.acquire(timeout=0.1)
         assert time.monotonic() - start >= 0.1
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_the_maker_gave_the_first_value(value):
+    made = Semaphore(value=value)
+    found = made.stat()
+    assert (found.value, found.last_pid) == (value, os.getpid())
+    assert found.operation_time > 0
+    made.remove()
+    made.close()
+
+
+@pytest.mark.parametrize("value", [0, 3])
+def test_an_orphan_whatever_its_value(value, forked):
+    def maker(ready):
+        made = Semaphore(value=value)
+        tell.write(f"{made.id}")
+        tell.flush()
+        ready()
+        signal.pause()
+
+    with tempfile.TemporaryFile("w+") as tell:
+        child = forked(maker)
+        child.wait_ready()
+        child.kill()
+        child.wait()
+        tell.seek(0)
+        ident = tell.read()
+    comm = Path("/proc/self/comm").read_text().strip()
+    (found,) = [obj for obj in inventory.objects() if obj.id == f"sysv-semaphore:{ident}"]
+    assert (found.verdict, found.why) == ("orphan", f"pid {child.pid} ({comm}) never closed it")
+    assert inventory.collect() == [found]
 
 
 def test_stat(semaphore, forked):

@@ -48,8 +48,10 @@ class SemaphoreStat:
     key: int  # 0: private
     value: int
     waiting: int  # threads that wait to acquire it
-    last_pid: int  # who changed the value last; 0 if nobody did
-    operation_time: int  # of the last acquire or release, seconds since the epoch; 0 if there was none
+    last_pid: int  # who changed the value last, by giving the first one too; 0 if nobody did
+    operation_time: int
+    """seconds since the epoch, of the last acquire or release, or since there was none of ipckit's giving it
+    its first value; 0 if another program gave that"""
     change_time: int
     uid: int
     gid: int

@@ -21,6 +21,7 @@ static void a_value_is_given_once(int first) {
     assert(ik_sysv_semaphore_start(id, 7) == -EAGAIN && value(id) == first);
     ik_sysv_semaphore_status status;
     assert(ik_sysv_semaphore_stat(id, &status) == 0 && status.otime != 0 && status.count == 2);
+    assert(status.pid == getpid());
     assert(ik_sysv_semaphore_remove(id) == 0);
     assert(ik_sysv_semaphore_start(id, 1) == -EINVAL);
 }
