@@ -7,6 +7,7 @@
  */
 #include <errno.h>
 #include <math.h>
+#include <string.h>
 
 #include "hot.h"
 
@@ -63,10 +64,28 @@ static bool read_blocking(const char *verb, PyObject *const *args, Py_ssize_t co
 
 /* --- putting --------------------------------------------------------------------------------- */
 
+/* What is in every pickle of a connection of multiprocessing, and hardly in another. */
+static const char SUSPECT[] = "multiprocessing.connection";
+
+static bool is_suspect(PyObject *message) {
+    return PyBytes_CheckExact(message) &&
+           memmem(PyBytes_AS_STRING(message), (size_t)PyBytes_GET_SIZE(message), SUSPECT,
+                  sizeof SUSPECT - 1);
+}
+
 /* The message of an object: the object itself where messages are bytes. */
 static PyObject *encoded(PyObject *self, PyObject *object) {
-    PyObject *dumps = hot_ring_queue(self)->dumps;
-    return dumps ? PyObject_CallFunctionObjArgs(dumps, object, NULL) : Py_NewRef(object);
+    PyObject *dumps = hot_ring_queue(self)->dumps, *looked = NULL;
+    if (!dumps)
+        return Py_NewRef(object);
+    PyObject *message = PyObject_CallFunctionObjArgs(dumps, object, NULL);
+    if (message && is_suspect(message)) {
+        looked = PyObject_CallMethod(self, "_refuse_connections", "O", object);
+        if (!looked)
+            Py_CLEAR(message);
+        Py_XDECREF(looked);
+    }
+    return message;
 }
 
 /* The codec comes first: it may be long about it, and another thread close the queue meanwhile. */
@@ -263,6 +282,7 @@ static PyMethodDef methods[] = {
     FAST(get, METH_FASTCALL | METH_KEYWORDS, get_doc),
     FAST(put_nowait, METH_O, put_nowait_doc),
     FAST(get_nowait, METH_NOARGS, get_nowait_doc),
+    {"_encode", encoded, METH_O, NULL},
     {"_get_many", (PyCFunction)(void (*)(void))queue_get_many, METH_FASTCALL, NULL},
     {"_set_codec", queue_set_codec, METH_VARARGS, NULL},
     {"_set_place", queue_set_place, METH_VARARGS, NULL},

@@ -14,6 +14,7 @@ there were producers, the last is gone and everything was got, ``get()`` raises 
 
 import atexit
 import errno
+import io
 import os
 import pickle
 import stat
@@ -333,10 +334,16 @@ class Queue(QueueEnds, Ends):
         if rc == -errno.ETIMEDOUT and verb not in _SENDING and self._is_over():
             self._end(verb)
         if rc == -errno.ETIMEDOUT and standard:
-            raise (Full if verb == "put" else Empty)(f"{verb} on {self._what}")
+            raise Full(self._why_full(verb)) if verb == "put" else Empty(f"{verb} on {self._what}")
         if rc in (-errno.EPIPE, -errno.ENODATA) and standard:
             raise ShutDown(f"{verb} on {self._what}: it was shut down")
         super()._fail(rc, verb, size, limit)
+
+    def _why_full(self, verb: str) -> str:
+        """What Full says: what there is, and what would lift it."""
+        now, most = self._numbers(), self.maxsize
+        objects = f"{now.messages} of maxsize={most} objects" if most else f"{now.messages} objects"
+        return f"{verb} on {self._what}: {objects}, {now.used} of capacity={now.capacity} bytes are in it"
 
     async def _rung(self, bell: int, end: int, verb: str) -> None:
         if verb == "arecv":
@@ -355,14 +362,19 @@ class Queue(QueueEnds, Ends):
         Returns: how many were put: all, or fewer when an error or the timeout came after the first.
         Raises: as put(), if none was put.
         """
-        messages = objs if self._codec == "bytes" else [self._functions[0](obj) for obj in objs]
+        messages = [self._encode(obj) for obj in objs]
         try:
             return self.send_many(messages, timeout=_seconds(block, timeout))
         except (TimeoutError, BrokenPipeError) as error:
             if error.filename != f"send_many on {self._what}":  # a signal handler's own
                 raise
-            kind = Full if isinstance(error, TimeoutError) else ShutDown
-            raise kind(f"put_many on {self._what}") from None
+            if isinstance(error, TimeoutError):
+                raise Full(self._why_full("put_many")) from None
+            raise ShutDown(f"put_many on {self._what}: it was shut down") from None
+
+    def put_many_nowait(self, objs: "Iterable[Any]") -> int:
+        """put_many(objs, block=False)."""
+        return self.put_many(objs, False)
 
     def get_many(
         self,
@@ -386,18 +398,26 @@ class Queue(QueueEnds, Ends):
             raise ValueError(f"max must be at least 1, not {most!r}")
         return self._get_many(min(most or _AT_ONCE, _AT_ONCE), block, timeout)
 
+    def get_many_nowait(
+        self, max: "int | None" = None, *, max_messages_to_get: "int | None" = None
+    ) -> "list[Any]":
+        """get_many(max, block=False)."""
+        return self.get_many(max, False, max_messages_to_get=max_messages_to_get)
+
     async def aput(self, obj: Any, *, timeout: "float | None" = None) -> None:
         """As put(), for asyncio. A cancelled one was not put. Raises: TimeoutError for Full; as asend()."""
-        await self.asend(obj if self._codec == "bytes" else self._functions[0](obj), timeout=timeout)
+        await self.asend(self._encode(obj), timeout=timeout)
 
     async def aget(self, *, timeout: "float | None" = None) -> Any:
         """As get(), for asyncio. A cancelled one got nothing. Raises: TimeoutError for Empty; as arecv()."""
         message = await self.arecv(timeout=timeout)
-        return message if self._codec == "bytes" else self._functions[1](message)
+        loads = _functions_of(self._codec)[1]
+        return message if loads is None else loads(message)
 
-    @property
-    def _functions(self) -> "tuple[Any, Any]":
-        return _functions_of(self._codec)
+    def _refuse_connections(self, obj: Any) -> None:
+        """Called by put() of any kind if one may be in *obj*, from C. Raises: TypeError if so."""
+        if self._codec == "pickle":
+            _NoConnections(io.BytesIO()).dump(obj)
 
     def qsize(self) -> int:
         """How many objects are in the queue: exact, also after kills. Raises: Closed."""
@@ -426,6 +446,26 @@ class Queue(QueueEnds, Ends):
         with suppress(EOFError):
             while immediate:
                 lib.ik_queue_tasks_dropped(table, len(self.recv_many(timeout=_PATIENCE)))
+
+    def task_done(self) -> None:
+        """One object that was got is dealt with: for who waits in join(), and of no effect otherwise.
+
+        Raises: ValueError if all were; Closed.
+        """
+        sent = self._numbers().sent
+        if lib.ik_queue_task_done(self._shared(), sent) < 0:
+            raise ValueError(f"task_done() called too many times for {self._what}")
+
+    def join(self) -> None:
+        """Block until task_done() was said as often as an object was put; by nobody is for ever.
+
+        A consumer killed before its task_done() leaves it undone. Raises: Closed.
+        """
+        # What is done is read first: it never is more than what was sent by then.
+        while (done := lib.ik_queue_tasks(self._shared())) != self._numbers().sent:
+            rc = lib.ik_queue_wait_tasks(self._shared(), done, wait.FOREVER)
+            if rc != -errno.EINTR:
+                check(rc, f"join on {self._what}")
 
     def join_thread(self) -> None:
         """Does nothing: there is no thread, and what was put is in the queue already."""
@@ -607,25 +647,8 @@ class Queue(QueueEnds, Ends):
                 self._member.forget()
 
 
-class JoinableQueue(Queue):
-    """A queue that counts what was said to be done, as ``multiprocessing.JoinableQueue``."""
-
-    def task_done(self) -> None:
-        """One object that was got is dealt with. Raises: ValueError if all were; Closed."""
-        sent = self._numbers().sent
-        if lib.ik_queue_task_done(self._shared(), sent) < 0:
-            raise ValueError("task_done() called too many times")
-
-    def join(self) -> None:
-        """Block until all that was put is done; a consumer killed before its task_done() leaves it undone.
-
-        Raises: Closed.
-        """
-        while (sent := self._numbers().sent) != (done := lib.ik_queue_tasks(self._shared())):
-            assert (sent - done) & 0xFFFFFFFF < 1 << 31
-            rc = lib.ik_queue_wait_tasks(self._shared(), done, wait.FOREVER)
-            if rc != -errno.EINTR:
-                check(rc, f"join on {self._what}")
+# multiprocessing has two classes, of which only this counts what is done. Here every queue does.
+JoinableQueue = Queue
 
 
 def _inherited(
@@ -646,6 +669,18 @@ def _reopened(cls: "type[Queue]", name: str, birth: str, codec: Any, limit: int)
 
 
 # --- what they are made of -----------------------------------------------------------------------
+
+
+class _NoConnections(pickle.Pickler):
+    """Refuses what pickle writes as the bare number of a descriptor, which elsewhere is another file."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is not sys.modules["multiprocessing.connection"].Connection:
+            return NotImplemented
+        raise TypeError(
+            f"{obj!r} can't be put: pickled, it is the bare number of a descriptor of this process; "
+            "Queue(codec=multiprocessing.reduction.ForkingPickler) hands the descriptor over"
+        )
 
 
 def _functions_of(codec: Any) -> "tuple[Any, Any]":

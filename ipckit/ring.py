@@ -107,7 +107,7 @@ class Ends(_Ends):
         if rc == -errno.ECONNRESET:
             raise PeerDied(f"{what}: the peer ended without closing")
         if rc == -errno.EMSGSIZE:
-            what = f"{what}: {size} bytes of at most {limit} bytes"
+            what = f"{what}: {size} bytes of at most {limit} bytes, which is max_message"
         check(rc, what)
         raise AssertionError(f"{what}: {rc} is no error")
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import multiprocessing.connection
+import multiprocessing.resource_sharer
 import os
 import pickle
 import queue as standard
@@ -356,10 +358,64 @@ def test_a_handler_that_raises_amid_unpickling_takes_nothing(queue):
 def test_too_large():
     with Queue(codec="bytes", max_message=1000) as queue:
         queue.put(bytes(1000))
-        with pytest.raises(OSError, match="put on queue .*1001 bytes of at most 1000") as caught:
+        with pytest.raises(
+            OSError, match="put on queue .*1001 bytes of at most 1000 .* max_message"
+        ) as caught:
             queue.put(bytes(1001))
         assert caught.value.errno == errno.EMSGSIZE
         assert queue.qsize() == 1
+
+
+def test_full_says_of_what():
+    with Queue(1) as few, Queue(capacity=1024, codec="bytes") as small:
+        few.put("first")
+        with pytest.raises(standard.Full, match="put on queue .*: 1 of maxsize=1 objects"):
+            few.put_nowait("second")
+        with pytest.raises(standard.Full, match="put_many on queue .*: 1 of maxsize=1 objects"):
+            few.put_many_nowait(["second"])
+        small.put_many([bytes(500)] * 2)
+        with pytest.raises(standard.Full, match="2 objects, 1024 of capacity=1024 bytes"):
+            small.put(bytes(20), timeout=0)
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda queue, obj: queue.put(obj),
+        lambda queue, obj: queue.put_nowait(obj),
+        lambda queue, obj: queue.put_many([1, obj]),
+        lambda queue, obj: asyncio.run(queue.aput(obj)),
+    ],
+    ids=["put", "put_nowait", "put_many", "aput"],
+)
+def test_a_connection_is_no_number(queue, put):
+    """pickle makes it the number of a descriptor, which in the consumer is another file or none."""
+    ours, theirs = multiprocessing.Pipe()
+    for obj in (theirs, {"reply to": theirs}):
+        with pytest.raises(TypeError, match="Connection.* can't be put: .*codec=.*ForkingPickler"):
+            put(queue, obj)
+    for obj in ("multiprocessing.connection", type(theirs)):
+        put(queue, obj)
+        assert queue.get_many()[-1] is obj or obj == "multiprocessing.connection"
+    assert queue.qsize() == 0
+    ours.close()
+    theirs.close()
+
+
+def test_a_codec_that_hands_connections_over(forked):
+    ours, theirs = multiprocessing.Pipe()
+    with Queue(codec=multiprocessing.reduction.ForkingPickler) as queue:
+
+        def child(ready):
+            queue.get().send("the answer")
+
+        process = forked(child)
+        queue.put(theirs)
+        assert ours.recv() == "the answer"
+        assert process.wait() == 0
+    multiprocessing.resource_sharer.stop()
+    ours.close()
+    theirs.close()
 
 
 # --- at least once, in place -----------------------------------------------------------------------
@@ -429,8 +485,9 @@ def test_shutdown_wakes_who_waits(queue, forked, verb):
     assert process.wait() == 0
 
 
-def test_tasks():
-    with JoinableQueue() as queue:
+@pytest.mark.parametrize("kind", [Queue, JoinableQueue])
+def test_tasks(kind):
+    with kind() as queue:
         queue.join()
         queue.put_many([1, 2])
         joined = threading.Thread(target=queue.join)
@@ -446,6 +503,35 @@ def test_tasks():
         queue.put(3)
         queue.shutdown(immediate=True)
         queue.join()
+
+
+LOGGING = """
+import logging.config, logging.handlers, sys
+from ipckit import Queue
+
+queue, got = Queue(), []
+handler = {"class": "logging.handlers.QueueHandler", "queue": queue}
+if (3, 12) <= sys.version_info < (3, 12, 6):  # some of these take queue.Queue and nothing else
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(queue))
+else:
+    logging.config.dictConfig({"version": 1, "handlers": {"it": handler}, "root": {"handlers": ["it"]}})
+logging.warning("number %d", 1)
+listener = logging.handlers.QueueListener(queue, type("", (), {"level": 0, "handle": got.append}))
+listener.start()
+queue.join()  # a listener says task_done()
+listener.stop()
+print(got[0].getMessage())
+"""
+
+
+def test_logging_takes_it(queue):
+    """What logging.config asks of a queue: all of these in Python 3.13.0, the first two in later ones."""
+    asked = ["put_nowait", "get", "empty", "full", "get_nowait", "put", "join", "qsize", "task_done"]
+    assert all(callable(getattr(queue, method)) for method in asked)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LOGGING], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (run.stdout, run.stderr, run.returncode) == ("number 1\n", "", 0)
 
 
 # --- asyncio, and iterating ------------------------------------------------------------------------
