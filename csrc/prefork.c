@@ -113,10 +113,22 @@ static int watch(ik_prefork_worker *w) {
     return w->epoll < 0 ? -errno : 0;
 }
 
+/* epoll_pwait(2) tells of a client without a look at the signals that came before that one. */
+static int was_told_to_stop(void) {
+    sigset_t pending;
+    if (sigpending(&pending) < 0 || sigismember(&pending, SIGTERM) <= 0)
+        return 0;
+    sigprocmask(SIG_SETMASK, &waiting, NULL); /* it is handled here */
+    sigprocmask(SIG_SETMASK, &between, NULL);
+    return 1;
+}
+
 static int accept_next(ik_prefork_worker *w) {
     struct epoll_event ready;
     if (epoll_pwait(w->epoll, &ready, 1, -1, &waiting) < 0)
         return -errno;
+    if (was_told_to_stop())
+        return -EINTR; /* the supervisor forks one that finds the client in the backlog */
     ik_connection *c = &w->place->connection;
     int stopping = c->stopping; /* by a SIGTERM during the wait */
     *c = w->form;

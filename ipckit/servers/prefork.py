@@ -194,7 +194,11 @@ class PreforkServer(Server):
         self._board.free(worker.index)
         if worker is self._newest:
             self._newest = None
-        if status.code == 0 or self._stopping:
+        if self._stopping:
+            return None
+        if status.code == 0:
+            # Told to end by somebody else, it may have left the client that woke it, and nobody else.
+            self._owed += not worker.retired
             return None
         pid, how = worker.child.pid, str(status)
         event("worker died", "worker %d %s", pid, how, level=logging.WARNING, pid=pid, how=how)
