@@ -6,7 +6,7 @@ import random
 import socket
 from pathlib import Path
 
-from serving import exchange, recv_exact, streams
+from serving import connect, exchange, recv_exact, streams
 
 WHOLE = os.environ.get("IPCKIT_PROOF") == "1"
 
@@ -31,7 +31,7 @@ def client_under_fire(ready, address, number, path, stop):
             name = f"{number}.{life}"
             sent, echoed = bytearray(), bytearray()
             try:
-                with socket.create_connection(address, timeout=30) as connection:
+                with connect(address) as connection:
                     sent += b"%s\n" % name.encode()
                     echoed += exchange(connection, bytes(sent))
                     for _ in range(chance.randint(0, 300)):
@@ -53,7 +53,7 @@ def client_until_closed(ready, address, number, path):
     chance = random.Random(number)
     sent, echoed = bytearray(b"client_%d\n" % number), bytearray()
     try:
-        with socket.create_connection(address, timeout=30) as connection:
+        with connect(address) as connection:
             ready()
             echoed += exchange(connection, bytes(sent))
             while len(echoed) == len(sent):

@@ -18,23 +18,44 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, eventually
 
 from ipckit.messagelog import records
-from ipckit.servers import server_class
+from ipckit.servers import listen, server_class
 
 BENCH = Path(__file__).parent.parent / "build" / "bench"  # the C programs of bench/c, built by make
+
+A_MOMENT = 0.05
+"""Seconds to see that something does not happen. A slow machine may hide a fault so; it can't invent one."""
+
+NEVER = 10 * PATIENCE
+"""What a server or a log is told for a timeout that is not to pass in a test."""
+
+ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Served:
     """``ipckit serve`` with *options*, logging to *path*: on a free port of loopback unless they say where.
 
-    Args: model: of MODELS, or None for the default. prefix: what runs it, as strace. popen: see Popen.
+    No client and no stop runs out of time, unless the options say so.
+
+    Args: model: of MODELS, or None for the default. listener: a socket that it is given, instead of a port.
+        prefix: what runs it, as strace. popen: see Popen.
     """
 
-    def __init__(self, path, *options, model=None, prefix=(), **popen):
+    def __init__(self, path, *options, model=None, listener=None, prefix=(), **popen):
         self.path = Path(path)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe would fill, and stop the server
         command = [*prefix, sys.executable, "-m", "ipckit", "serve", "--port", "0", "--log", str(path)]
+        command += ["--idle-timeout", str(NEVER), "--stop-timeout", str(NEVER)]
+        if listener:
+            command = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), *command, "--activated"]
+            popen["pass_fds"] = [listener.fileno()]
         if model:
             command += ["--model", model]
         popen = {"stdin": subprocess.DEVNULL, "stderr": self._errors, "start_new_session": True} | popen
@@ -51,11 +72,11 @@ class Served:
         said = ""
         while not re.search(r"^logging .*\n", said, re.M):
             # Not readline(): what that reads ahead select() doesn't see.
-            readable, _, _ = select.select([self.process.stdout], [], [], 30)
+            readable, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
             assert readable, f"the server said only {said!r}"
             piece = os.read(self.process.stdout.fileno(), 4096).decode()
             if not piece:
-                status = self.process.wait(30)
+                status = self.process.wait(PATIENCE)
                 raise AssertionError(f"it ended with status {status}: {self.errors()}")
             said += piece
         return said.splitlines()[:-1]
@@ -83,8 +104,8 @@ class Served:
         """Used so far by the server, what it has reaped, and its children."""
         return cpu_seconds(self.pid) + sum(cpu_seconds(pid) for pid in self.children()[0])
 
-    def connect(self, address=None, timeout=20):
-        return connect(address or self.address, timeout)
+    def connect(self, address=None):
+        return connect(address or self.address)
 
     def children(self):
         """The living children, the logger among them, and the zombies."""
@@ -107,13 +128,10 @@ class Served:
         """What the server has open when it serves nobody (it serves somebody first)."""
         with self.connect() as connection:
             assert exchange(connection, b"\n") == b"\n"
-        end = time.monotonic() + 20
-        while self.children() != ([self.logger()], []):
-            assert time.monotonic() < end, "children left"
-            time.sleep(0.001)
+        eventually(lambda: self.children() == ([self.logger()], []))
         return sorted(re.sub(r"\d+", "#", link) for link in _links(self.pid))
 
-    def stop(self, signum=signal.SIGTERM, timeout=30):
+    def stop(self, signum=signal.SIGTERM, timeout=PATIENCE):
         """Signal it; its exit status and what it printed at the end."""
         self.process.send_signal(signum)
         out, _ = self.process.communicate(timeout=timeout)
@@ -142,13 +160,18 @@ def _address(line):
     return found[1], int(found[2])
 
 
-def connect(address, timeout=20):
-    """A client of *address*: (host, port), or the path of a socket file."""
-    if isinstance(address, tuple):
-        return socket.create_connection(address, timeout)
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    client.settimeout(timeout)
+def connect(address, receive_buffer=None):
+    """A client of *address*: (host, port), or the path of a socket file.
+
+    Args: receive_buffer: bytes, so that little fits into it if the client doesn't read.
+    """
+    if isinstance(address, tuple) and not receive_buffer:
+        return socket.create_connection(address, PATIENCE)
+    client = socket.socket(socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX)
+    client.settimeout(PATIENCE)
     try:
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.connect(address)
     except BaseException:
         client.close()
@@ -167,6 +190,41 @@ def _stat(pid):
 def _state(pid):
     fields = _stat(pid)
     return fields and fields[0]
+
+
+def wait_stopped(*pids):
+    """Until each of them, which was sent SIGSTOP, stands."""
+    eventually(lambda: all(_state(pid) == "T" for pid in pids))
+
+
+def _naps(pid):
+    """How often each thread of a process has gone to sleep, if all of them sleep; else None."""
+    naps = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/status"):
+        try:
+            fields = dict(line.partition(":\t")[::2] for line in path.read_text().splitlines())
+        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            return None
+        if fields["State"][0] not in "ST":
+            return None
+        naps[path.parent.name] = fields["voluntary_ctxt_switches"]
+    return naps or None
+
+
+def wait_asleep(*pids, seconds=A_MOMENT):
+    """Until each of them has slept for so long in one go, as what spins, or polls more often, never does."""
+
+    def slept():
+        before = [_naps(pid) for pid in pids]
+        select.select([], [], [], seconds)
+        return None not in before and before == [_naps(pid) for pid in pids]
+
+    eventually(slept)
+
+
+def user_of_its_own():
+    """A user that has no process yet: a limit of that user's is of the caller alone."""
+    return 50_000 + os.getpid() % 10_000
 
 
 def cpu_seconds(pid):
@@ -203,6 +261,35 @@ def exchange(connection, data, size=None):
     """Send *data*, get as much back, or *size* bytes."""
     connection.sendall(data)
     return recv_exact(connection, len(data) if size is None else size)
+
+
+def silent(*clients):
+    """Nothing comes to any of them for a moment."""
+    return select.select(clients, [], [], A_MOMENT)[0] == []
+
+
+def listen_cramped():
+    """A listener whose connections hold little of what a client does not read."""
+    listener = listen()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return listener
+
+
+def connect_unreading(address):
+    """A client that has sent what it can, more than listen_cramped() holds of the echo, and reads nothing."""
+    client = connect(address, receive_buffer=4096)
+    client.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while client.send(bytes(1 << 18)):
+            pass
+    return client
+
+
+def wait_cut(connection):
+    """Until the other side has closed it; without reading anything."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    assert poll.poll(PATIENCE * 1000), "it is still open"
 
 
 def half_close_and_drain(connection):
@@ -300,9 +387,9 @@ class Crowd:
         self._selector.register(connection, client.events(), client)
         return client
 
-    def run(self, until=lambda: False, timeout=60):
+    def run(self, until=lambda: False):
         """Until all have ended, or *until* is true."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + PATIENCE
         while self._selector.get_map() and not until():
             assert time.monotonic() < end, f"clients hang: {self._hanging()}"
             for key, events in self._selector.select(0.01):
@@ -319,6 +406,16 @@ class Crowd:
     def run_for(self, seconds):
         end = time.monotonic() + seconds
         self.run(until=lambda: time.monotonic() >= end)
+
+    def answered(self):
+        """Bytes that have come back to all of them."""
+        return sum(len(client.got) for client in self.clients)
+
+    def run_for_more(self, size):
+        """Until so many more bytes have come back."""
+        goal = self.answered() + size
+        self.run(until=lambda: self.answered() >= goal)
+        assert self.answered() >= goal, "all have ended"
 
     def _hanging(self):
         return [(c.name, len(c.sent), len(c.got)) for c in self.clients if not c.end][:5]
@@ -369,10 +466,8 @@ def streams(path):
     return found
 
 
-def wait_gone(pids, timeout):
+def wait_gone(pids):
     """Seconds until none of *pids* runs any more (zombies of a dead parent's heir count as gone)."""
     start = time.monotonic()
-    while any(_state(pid) not in ("Z", "X", None) for pid in pids):
-        assert time.monotonic() - start < timeout, f"still there after {timeout} s: {pids}"
-        time.sleep(0.001)
+    eventually(lambda: all(_state(pid) in ("Z", "X", None) for pid in pids))
     return time.monotonic() - start

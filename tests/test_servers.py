@@ -1,23 +1,21 @@
 """What every model promises, in one body: real servers, as a user starts them, and real clients.
 
 What is special to a model has a file of its own, tests/test_servers_<model>.py; shortage, crowds of slow
-clients and what else takes long is in tests/proof/test_servers_load.py.
+clients and what else takes long is in tests/proof/test_servers_load.py. `make test` runs the whole body for
+a model of each kind, and for the others that they echo and log; `make check` runs it for all.
 """
 
-import contextlib
 import itertools
 import os
 import random
-import select
 import signal
 import socket
-import statistics
 import struct
 import subprocess
 import time
 
 import pytest
-from conftest import eventually
+from conftest import PATIENCE, eventually
 from serving import (
     BENCH,
     Crowd,
@@ -25,10 +23,15 @@ from serving import (
     assert_logged,
     chatter,
     connect,
+    connect_unreading,
     exchange,
     half_close_and_drain,
+    listen_cramped,
     recv_exact,
     room_for,
+    silent,
+    wait_asleep,
+    wait_cut,
     wait_gone,
 )  # fmt: skip
 
@@ -39,7 +42,12 @@ from ipckit.servers import MODELS
 ONE_AT_A_TIME = {"iterative"}
 
 
-@pytest.fixture(params=list(MODELS))
+EACH_KIND = {"fork", "prefork", "epoll", "asyncio"}
+
+
+@pytest.fixture(
+    params=[name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def model(request):
     return request.param
 
@@ -69,18 +77,20 @@ def stopped(server):
 # --- what comes back, and what is logged -----------------------------------------------------------
 
 
-def test_200_clients_of_1_byte_to_1_mebibyte(started, tmp_path):
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_clients_of_1_byte_to_1_mebibyte(started, tmp_path, model, count):
     """Each closes its side after its last byte, and gets the whole answer all the same."""
     chance = random.Random(1)
-    sizes = [1, 1 << 20, *(int(2 ** chance.uniform(0, 20)) for _ in range(198))]
+    sizes = [1, 1 << 20, *(int(2 ** chance.uniform(0, 20)) for _ in range(count - 2))]
     server = started()
     with Crowd() as crowd:
         for size in sizes:
             crowd.add(server.connect(), [chance.randbytes(size)])
         crowd.run()
-        assert [client.end for client in crowd.clients] == ["eof"] * 200
+        assert [client.end for client in crowd.clients] == ["eof"] * count
         assert [len(client.got) for client in crowd.clients] == sizes
-        assert "200 (200 done)" in stopped(server)
+        assert f"{count} ({count} done)" in stopped(server)
         assert_logged(crowd.clients, tmp_path / "log")
 
 
@@ -88,7 +98,7 @@ def test_a_client_in_c(started):
     data = os.urandom(300_000)
     server = started()
     client = [BENCH / "echo_client", *map(str, server.address)]
-    done = subprocess.run(client, input=data, capture_output=True, timeout=50)
+    done = subprocess.run(client, input=data, capture_output=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (0, data)
     stopped(server)
 
@@ -118,10 +128,9 @@ def test_an_urgent_byte_breaks_nothing(started):
     with server.connect() as client:
         assert exchange(client, b"before") == b"before"
         client.send(b"!", socket.MSG_OOB)
-        used, start = server.cpu_seconds(), time.monotonic()
         assert exchange(client, b"after") == b"after"
-        assert select.select([client], [], [], 0.3)[0] == []
-        assert server.cpu_seconds() - used < 0.5 * (time.monotonic() - start), "it spins"
+        assert silent(client)
+        wait_asleep(server.pid, *server.children()[0])
         assert exchange(client, b"more") == b"more"
         assert half_close_and_drain(client) == b""
     assert "1 (1 done)" in stopped(server)
@@ -136,92 +145,94 @@ def reset(connection):
 
 
 def round_trip(server):
-    """Seconds from connect() to the echo, for a fresh client."""
-    start = time.monotonic()
+    """A fresh client."""
     with server.connect() as client:
         assert exchange(client, b"fresh") == b"fresh"
-    return time.monotonic() - start
-
-
-def fill(connection, patience=0.1):
-    """Send and never read, until nothing goes any more, or it is closed."""
-    connection.setblocking(False)
-    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-        while select.select([], [connection], [], patience)[1]:
-            connection.send(bytes(1 << 16))
 
 
 def test_bad_clients_cost_only_themselves(started, model):
+    """Nobody of them would ever be cut; yet each fresh one is served."""
     server = started()
-    silent, unreading, slow = (server.connect() for _ in range(3))
+    idle, slow = server.connect(), server.connect()
+    unreading = connect_unreading(server.address)
     if model in ONE_AT_A_TIME:
         with server.connect() as fresh:
             fresh.sendall(b"x")
-            assert select.select([fresh], [], [], 0.2)[0] == [], "the silent one has it for itself"
+            assert silent(fresh), "the idle one has it for itself"
     else:
-        fill(unreading)
-        times = []
-        for letter in b"a byte at a time":
+        for letter in b"slowly":
             slow.send(bytes([letter]))
             reset(server.connect())
             with server.connect() as nothing:
                 assert half_close_and_drain(nothing) == b""
-            times.append(round_trip(server))
-        assert statistics.median(times) < 0.1, times
-        assert recv_exact(slow, 16) == b"a byte at a time"
-    for client in (silent, unreading, slow):
+            round_trip(server)
+        assert recv_exact(slow, 6) == b"slowly"
+    for client in (idle, unreading, slow):
         reset(client)
-    assert round_trip(server) < 10
+    round_trip(server)
     stopped(server)
 
 
-def test_deadlines(started):
-    """Who is silent, who does not read and who goes on for ever: each is cut in time, under its own name."""
-    server = started("--idle-timeout", "0.5", "--total-timeout", "1.5")
-    with server.connect() as silent, server.connect() as unreading, Crowd() as crowd:
-        busy = crowd.add(server.connect(), itertools.repeat(b"x"), each_waits=True)
-        crowd.run(until=lambda: fill(unreading, 0), timeout=20)  # until busy has been cut
-        assert busy.got
-        assert silent.recv(1) == b"", "closed by the server"
+def test_who_is_silent_and_who_does_not_read_is_cut(started):
+    """Each under its own name."""
+    with listen_cramped() as listener:
+        server = started("--idle-timeout", "0.2", listener=listener)
+        with server.connect() as idle, connect_unreading(server.address) as unreading:
+            assert idle.recv(1) == b"", "closed by the server"
+            wait_cut(unreading)
     printed = " ".join(stopped(server).split())
-    for how in ("1 expired", "1 idle", "1 not read"):
+    for how in ("1 idle", "1 not read"):
         assert how in printed, printed
+
+
+def test_who_goes_on_for_ever_is_cut(started):
+    server = started("--total-timeout", "0.3")
+    with Crowd() as crowd:
+        busy = crowd.add(server.connect(), itertools.repeat(b"x"), each_waits=True)
+        crowd.run()  # until it is cut
+        assert busy.end
+    assert "1 (1 expired)" in stopped(server)
 
 
 # --- signals ---------------------------------------------------------------------------------------
 
 
 def test_sigterm_under_load(started, tmp_path):
-    server = started("--stop-timeout", "5")
+    server = started()
     with Crowd() as crowd:
         for seed in range(8):
             crowd.add(server.connect(), chatter(seed), each_waits=True)
-        crowd.run_for(0.15)
-        assert crowd.clients[0].got
+        crowd.run_for_more(100_000)
         processes = server.children()[0]
         server.process.send_signal(signal.SIGTERM)
-        start = time.monotonic()
-        crowd.run(timeout=20)
-        stopped(server)
-        assert time.monotonic() - start < 5, "it waited until its deadline"
-        wait_gone(processes, 1)
+        crowd.run()
+        stopped(server)  # long before its deadline
+        wait_gone(processes)
         assert_logged(crowd.clients, tmp_path / "log")
 
 
 def test_rotation_under_load(started, tmp_path):
     path, server = tmp_path / "log", started("--json")
     files = []
+
+    def reopened(times):
+        """That often in all; what a busy machine had no time for is asked for again."""
+        for _ in range(server.errors().count('"log kept"') - len(kept)):
+            kept.append(server.process.send_signal(signal.SIGHUP))
+        return server.errors().count('"log reopened"') == times
+
+    kept = []
     with Crowd() as crowd:
         for seed in range(4):
             crowd.add(server.connect(), chatter(seed), each_waits=True)
         for number in range(1, 5):
-            crowd.run_for(0.05)
+            crowd.run_for_more(20_000)  # than can be on the way: some of it is in this file
             files.append(tmp_path / f"log.{number}")
             path.rename(files[-1])
             server.process.send_signal(signal.SIGHUP)
-            crowd.run(until=lambda n=number: server.errors().count('"log reopened"') == n, timeout=20)
+            crowd.run(until=lambda n=number: reopened(n))
             assert path.exists()
-        crowd.run_for(0.05)
+        crowd.run_for_more(20_000)
         crowd.finish()
         stopped(server)
         assert all(file.stat().st_size for file in files)
@@ -229,6 +240,7 @@ def test_rotation_under_load(started, tmp_path):
 
 
 def test_the_events_of_a_life(started, tmp_path):
+    began = time.time()
     server = started("--json")
 
     def seen(name):
@@ -272,7 +284,7 @@ def test_the_events_of_a_life(started, tmp_path):
     )  # counted when the client has it already
     assert first["workers"] >= 1
     assert (last["open"], last["bytes"], last["ends"], last["log"]["restarts"]) == (0, 10, {"done": 1}, 1)
-    assert all(abs(fields["time"] - time.time()) < 60 for _, fields in server.events())
+    assert all(began - 1 < fields["time"] < time.time() + 1 for _, fields in server.events())
 
 
 # --- kill -9 ---------------------------------------------------------------------------------------
@@ -284,10 +296,10 @@ def test_the_logger_killed_under_load(started, tmp_path):
         for seed in range(4):
             crowd.add(server.connect(), chatter(seed), each_waits=True)
         for _ in range(4):
-            crowd.run_for(0.05)
+            crowd.run_for_more(20_000)
             logger = server.logger()
             os.kill(logger, signal.SIGKILL)
-            crowd.run(until=lambda old=logger: server.logger() not in (None, old), timeout=20)
+            crowd.run(until=lambda old=logger: server.logger() not in (None, old))
         crowd.finish()
         assert [client.end for client in crowd.clients] == ["eof"] * 4
         stopped(server)
@@ -299,11 +311,11 @@ def test_the_supervisor_killed_takes_all_with_it(started, tmp_path):
     with Crowd() as crowd:
         for seed in range(4):
             crowd.add(server.connect(), chatter(seed), each_waits=True)
-        crowd.run_for(0.1)
+        crowd.run_for_more(50_000)
         processes = server.children()[0]
         assert server.logger() in processes
         os.kill(server.pid, signal.SIGKILL)
-        wait_gone(processes, 1)
-        crowd.run(timeout=10)
+        wait_gone(processes)
+        crowd.run()
         assert all(client.end for client in crowd.clients)
         assert_logged(crowd.clients, tmp_path / "log")
