@@ -7,15 +7,16 @@ import subprocess
 import sys
 
 import pytest
+from conftest import PATIENCE, eventually
 from serving import BENCH, Served
 
 CLIENT = [sys.executable, "-m", "ipckit", "client"]
 
 
-def run_client(address, text, timeout=40):
+def run_client(address, text):
     """The client with *text* on standard input: status, output, errors."""
     done = subprocess.run(
-        [*CLIENT, address[0], str(address[1])], input=text, capture_output=True, timeout=timeout
+        [*CLIENT, address[0], str(address[1])], input=text, capture_output=True, timeout=PATIENCE
     )
     return done.returncode, done.stdout, done.stderr.decode()
 
@@ -31,7 +32,7 @@ def test_input_from_a_file_comes_back_whole(server, tmp_path):
     (tmp_path / "input").write_bytes(text)
     with open(tmp_path / "input", "rb") as file:
         done = subprocess.run(
-            [*CLIENT, *map(str, server.address)], stdin=file, capture_output=True, timeout=40
+            [*CLIENT, *map(str, server.address)], stdin=file, capture_output=True, timeout=PATIENCE
         )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == text
@@ -68,10 +69,10 @@ def test_typed_at_a_terminal_each_line_comes_back_at_once(server):
     try:
         for line in (b"hello\n", b"again\n"):
             os.write(keyboard, line)
-            assert select.select([client.stdout], [], [], 20)[0], "nothing came back"
+            assert select.select([client.stdout], [], [], PATIENCE)[0], "nothing came back"
             assert os.read(client.stdout.fileno(), 100) == line
         os.write(keyboard, b"q\n")
-        assert client.wait(20) == 0
+        assert client.wait(PATIENCE) == 0
     finally:
         client.kill()
         client.wait()
@@ -102,9 +103,9 @@ def test_when_the_server_closes_first_the_keyboard_process_goes_too(forked):
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    out, _ = client.communicate(timeout=20)
+    out, _ = client.communicate(timeout=PATIENCE)
     assert (client.returncode, out) == (0, b"bye\n")
-    assert subprocess.run(["pgrep", "-s", str(client.pid)], capture_output=True).stdout == b""
+    eventually(lambda: subprocess.run(["pgrep", "-s", str(client.pid)], capture_output=True).stdout == b"")
     for fd in (keyboard, held):
         os.close(fd)
     listener.close()
@@ -142,13 +143,11 @@ def listener_name(errors):
 
 
 def test_nobody_there_is_one_line():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    assert run_client(("127.0.0.1", port), b"x\n") == (
-        1,
-        b"",
-        f"Error: 127.0.0.1:{port}: Connection refused\n",
-    )
+    with socket.socket() as taken:  # so that no other test gets it meanwhile; but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        refused = f"Error: 127.0.0.1:{port}: Connection refused\n"
+        assert run_client(("127.0.0.1", port), b"x\n") == (1, b"", refused)
 
 
 def test_ctrl_c_ends_both_processes(server):
@@ -160,7 +159,7 @@ def test_ctrl_c_ends_both_processes(server):
     os.write(held, b"x\n")
     assert client.stdout.readline() == b"x\n"
     os.killpg(client.pid, signal.SIGINT)
-    out, errors = client.communicate(timeout=20)
+    out, errors = client.communicate(timeout=PATIENCE)
     assert (client.returncode, out, errors) == (130, b"", b"")
     for fd in (keyboard, held):
         os.close(fd)
@@ -176,7 +175,7 @@ def test_a_reader_that_goes_away_is_one_line(server):
     client.stdout.close()
     client.stdin.write(b"x\n")
     client.stdin.flush()
-    assert client.wait(20) == 1
+    assert client.wait(PATIENCE) == 1
     assert client.stderr.read().decode().count("\n") == 1
     client.stdin.close()
     client.stderr.close()
@@ -189,7 +188,7 @@ def test_killing_the_keyboard_process_half_closes(server):
     assert client.stdout.readline() == b"x\n"
     (child,) = subprocess.check_output(["pgrep", "-P", str(client.pid)]).split()
     os.kill(int(child), signal.SIGKILL)
-    assert client.wait(20) == 0
+    assert client.wait(PATIENCE) == 0
     client.stdout.close()
     for fd in (keyboard, held):
         os.close(fd)

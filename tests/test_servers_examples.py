@@ -6,19 +6,26 @@ import random
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import eventually
-from serving import exchange, half_close_and_drain, recv_exact
+from conftest import PATIENCE, eventually
+from serving import connect, exchange, half_close_and_drain, recv_exact
 
 from ipckit.servers import MODELS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+EACH_KIND = {"fork", "prefork", "epoll", "thread"}
+
+
+@pytest.fixture(
+    params=[name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def model(request):
+    return request.param
 
 
 @contextlib.contextmanager
@@ -32,7 +39,7 @@ def running(script, model):
             assert port, "it did not start"
             yield ("127.0.0.1", int(port[1])), process
             process.terminate()
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE) == 0
             assert f"model='{model}'" in process.stdout.read()
         finally:
             process.kill()
@@ -40,10 +47,6 @@ def running(script, model):
 
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def connect(address):
-    return socket.create_connection(address, timeout=20)
 
 
 def ask(client, line):
@@ -57,7 +60,6 @@ def ask(client, line):
     return got.decode().rstrip("\n")
 
 
-@pytest.mark.parametrize("model", MODELS)
 def test_upper(model):
     with running("upper_server.py", model) as (address, _):
         with connect(address) as client:
@@ -69,7 +71,6 @@ def test_upper(model):
             assert recv_exact(client, 1 << 20) == b"the line is too long\n"
 
 
-@pytest.mark.parametrize("model", MODELS)
 def test_key_value(model):
     with running("key_value_server.py", model) as (address, _):
         with connect(address) as client:
@@ -128,8 +129,9 @@ def test_who_is_killed_in_the_middle_of_a_change_has_not_changed_anything(forked
     assert table.look() == {"key": "third"}
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model in ("fork", "prefork")])
-def test_killed_workers_leave_a_whole_table(model):
+@pytest.mark.parametrize("model", ["fork", "prefork"])
+@pytest.mark.parametrize("kills", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_workers_leave_a_whole_table(model, kills):
     """Each client counts a key of its own up, while workers are killed all the time."""
     with running("key_value_server.py", model) as (address, process):
         with connect(address) as client:
@@ -150,7 +152,7 @@ def test_killed_workers_leave_a_whole_table(model):
         for counter in counters:
             counter.start()
         try:
-            for _ in range(40):
+            for _ in range(kills):
                 before = sum(acknowledged)
                 with connect(address) as client:  # served to its end: this is no crash loop
                     assert ask(client, "GET filler0") != "NONE"
@@ -160,7 +162,7 @@ def test_killed_workers_leave_a_whole_table(model):
         finally:
             over.set()
             for counter in counters:
-                counter.join(20)
+                counter.join(PATIENCE)
         with connect(address) as client:
             for mine in range(4):
                 found = int(ask(client, f"GET count{mine}").removeprefix("VALUE "))

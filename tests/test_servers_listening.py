@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+from conftest import PATIENCE
+from serving import connect
 
 from ipckit import sockets
 from ipckit.servers.fork import ForkServer
@@ -18,10 +20,7 @@ from ipckit.servers.listening import activated, endpoint, listen, listen_unix, n
 
 def talk(address, data=b"hello"):
     """Connect, send *data*, what comes back."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    with socket.socket(family) as client:
-        client.settimeout(20)
-        client.connect(address)
+    with connect(address) as client:
         client.sendall(data)
         return client.recv(100)
 
@@ -323,7 +322,7 @@ def manager(request, tmp_path, monkeypatch):
     name = str(tmp_path / "notify") if request.param == "path" else f"@ipckit-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(name.replace("@", "\0", 1))
-        sock.settimeout(20)
+        sock.settimeout(PATIENCE)
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         yield sock
 

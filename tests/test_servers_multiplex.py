@@ -7,16 +7,24 @@ import os
 import pty
 import re
 import resource
-import select
 import signal
 import socket
 import struct
 import sys
-from pathlib import Path
+import time
 
 import pytest
 from conftest import eventually
-from serving import exchange, half_close_and_drain, recv_exact
+from serving import (
+    NEVER,
+    connect,
+    exchange,
+    half_close_and_drain,
+    recv_exact,
+    silent,
+    wait_asleep,
+    wait_stopped,
+)
 
 from ipckit.messagelog import MessageLog
 from ipckit.process import fork
@@ -38,7 +46,7 @@ class Running:
         return self._printed.read_text()
 
     def connect(self):
-        return socket.create_connection(self.address, timeout=20)
+        return connect(self.address)
 
     def says(self, pattern, start=0):
         """Wait until it has said that (from *start* of said on); the match."""
@@ -52,17 +60,12 @@ class Running:
         os.kill(self.pid, signal.SIGUSR1)
         return self.says(r"statistics: .*\n", start)[0]
 
-    def cpu(self):
-        """Seconds of processor time so far."""
-        with open(f"/proc/{self.pid}/stat") as file:
-            return sum(map(int, file.read().rsplit(")", 1)[1].split()[11:13])) / os.sysconf("SC_CLK_TCK")
-
     def terminate(self):
         os.kill(self.pid, signal.SIGTERM)
         self.wait()
 
     def wait(self):
-        assert self._child.wait(30) == 0, self.said
+        assert self._child.wait() == 0, self.said
 
 
 def print_to(path):
@@ -79,8 +82,9 @@ def print_to(path):
 def serving(tmp_path, forked):
     """``serving(model, expected_ends, before=..., **options)`` runs an echo server, and checks how its connections ended."""
 
-    def start(model, ends, *, before=lambda: None, log=None, stop_timeout=20.0, keep=(), **options):
+    def start(model, ends, *, before=lambda: None, log=None, stop_timeout=NEVER, keep=(), **options):
         listener = listen()
+        options.setdefault("idle_timeout", NEVER)
 
         def child(ready):
             print_to(tmp_path / "printed")
@@ -132,9 +136,7 @@ def test_the_end_of_the_keyboard_ends_only_it(serving, model):
     os.write(writer, b"no line end")
     os.close(writer)
     running.says("no line end\n")
-    before = running.cpu()
-    assert select.select([], [], [], 0.3) == ([], [], [])
-    assert running.cpu() - before < 0.1, "it does not look at the end of file again and again"
+    wait_asleep(running.pid)  # it does not look at the end of file again and again
     with running.connect() as client:
         assert exchange(client, b"x") == b"x"
     running.terminate()
@@ -178,7 +180,7 @@ def test_a_server_in_the_background_of_its_terminal_is_not_stopped_by_what_is_ty
     with server.connect() as client:
         for _ in range(3):
             assert exchange(client, b"x") == b"x", "not stopped by SIGTTIN"
-            assert select.select([client], [], [], 0.1) == ([], [], [])
+            assert silent(client)
     os.kill(pid, signal.SIGTERM)
     server.wait()
     assert "for the shell" not in server.said
@@ -194,7 +196,7 @@ def stop_logger(running):
     logger = int(running.says(r"logger (\d+)")[1])
     eventually(lambda: "backlog 0," in running.statistics())
     os.kill(logger, signal.SIGSTOP)
-    eventually(lambda: Path(f"/proc/{logger}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+    wait_stopped(logger)
     return logger
 
 
@@ -212,11 +214,10 @@ def send_to(running, client, data):
     eventually(received)
 
 
-def stays_silent(running, clients, seconds=0.3):
+def stays_silent(running, clients):
     """Nothing comes, and waiting for it costs nothing."""
-    before = running.cpu()
-    assert select.select(clients, [], [], seconds) == ([], [], [])
-    assert running.cpu() - before < seconds / 3
+    assert silent(*clients)
+    wait_asleep(running.pid)
 
 
 @pytest.mark.parametrize("model", LOOPS)
@@ -315,13 +316,14 @@ def answered(clients):
 
 
 def test_select_refuses_descriptors_that_it_has_no_bit_for(serving, many_descriptors):
+    began = time.monotonic()
     running = serving("select", None, max_connections=4000, log={})
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect()) for _ in range(1100)]
         served = answered(clients)
         assert 950 < len(served) < 1008
         assert int(running.says(r"descriptor (\d+), too high for select")[1]) in range(1008, 1024)
-        assert running.said.count("too high") <= 10, "a line a second"
+        assert running.said.count("too high") <= 1 + time.monotonic() - began, "a line a second"
         os.kill(int(running.says(r"logger (\d+)")[1]), signal.SIGKILL)
         running.says("the logger died")
         assert answered(served) == served, "the others go on, and the new logger's descriptor has a bit"
@@ -385,7 +387,7 @@ def test_one_that_sends_without_end_has_only_its_turns(serving, model):
     with running.connect() as greedy, running.connect() as modest:
         assert exchange(greedy, b"x") == b"x"
         greedy.setblocking(False)
-        for i in range(200):
+        for i in range(50):
             with contextlib.suppress(BlockingIOError):
                 while greedy.send(bytes(65536)):
                     pass
@@ -397,15 +399,14 @@ def test_one_that_sends_without_end_has_only_its_turns(serving, model):
 
 
 def test_iterative_serves_one_after_the_other_yet_sees_to_the_rest(serving):
-    running = serving("iterative", {"done": 1, "idle": 1}, idle_timeout=1)
-    silent, next_one = running.connect(), running.connect()
-    next_one.sendall(b"next")
-    assert exchange(silent, b"first") == b"first"
-    stays_silent(running, [next_one])
+    running = serving("iterative", {"done": 2})
+    first, second = running.connect(), running.connect()
+    second.sendall(b"second")
+    assert exchange(first, b"first") == b"first"
+    stays_silent(running, [second])
     assert "open 1," in running.statistics(), "signals are seen to while it serves"
-    assert recv_exact(silent, 1) == b"", "its time is up"
-    assert recv_exact(next_one, 4) == b"next"
-    next_one.close()
-    silent.close()
-    eventually(lambda: "done 1" in running.statistics())
+    first.close()
+    assert recv_exact(second, 6) == b"second"
+    second.close()
+    eventually(lambda: "done 2" in running.statistics())
     running.terminate()

@@ -3,11 +3,10 @@
 import logging
 import os
 import signal
-import socket
 import sys
 
 import pytest
-from serving import exchange, half_close_and_drain
+from serving import NEVER, connect, exchange, half_close_and_drain
 
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, Service, listen, serve
@@ -57,7 +56,7 @@ def serving(request, tmp_path, forked):
             logging.basicConfig(stream=sys.stderr, force=True)
             with blocked([signal.SIGTERM]), MessageLog(tmp_path / "log") as log:
                 ready()
-                stats = serve(service, listener, model=request.param, log=log, **options)
+                stats = serve(service, listener, model=request.param, log=log, stop_timeout=NEVER, **options)
                 assert stats.ends == expected_ends, stats
 
         running = forked(child)
@@ -71,19 +70,19 @@ def serving(request, tmp_path, forked):
 
 def stop(running):
     os.kill(running.pid, signal.SIGTERM)
-    assert running.wait(30) == 0
+    assert running.wait() == 0
 
 
 def test_a_line_service(serving, tmp_path):
     address, running = serving(Lines, {"done": 2})
-    with socket.create_connection(address, timeout=20) as client:
+    with connect(address) as client:
         name = "{}:{}".format(*client.getsockname())
         greeting = f"hello {name}\n".encode()
         assert exchange(client, b"", len(greeting)) == greeting
         assert exchange(client, b"one\ntw", 4) == b"ONE\n"
         assert exchange(client, b"o\n", 4) == b"TWO\n"
         assert half_close_and_drain(client) == b"2 lines\n"
-    with socket.create_connection(address, timeout=20) as client:
+    with connect(address) as client:
         assert exchange(client, b"quit\n", len(greeting) + 5).endswith(b"\nQUIT\n")
         assert client.recv(1) == b"", "the service hung up"
     stop(running)
@@ -93,7 +92,7 @@ def test_a_line_service(serving, tmp_path):
 def test_a_service_that_raises_costs_only_its_own_connection(serving, capfd):
     address, running = serving(Raises, {"service failed": 2})
     for _ in range(2):
-        with socket.create_connection(address, timeout=20) as client:
+        with connect(address) as client:
             assert exchange(client, b"x", 1) == b""
     stop(running)
     assert "RuntimeError: no use for b'x'" in capfd.readouterr().err
@@ -102,7 +101,7 @@ def test_a_service_that_raises_costs_only_its_own_connection(serving, capfd):
 def test_a_service_that_cannot_be_made(serving, capfd):
     address, running = serving(CannotBegin, {"service failed": 2})
     for _ in range(2):
-        with socket.create_connection(address, timeout=20) as client:
+        with connect(address) as client:
             assert client.recv(1) == b""
     stop(running)
     assert "RuntimeError: nothing to begin with" in capfd.readouterr().err
@@ -110,6 +109,6 @@ def test_a_service_that_cannot_be_made(serving, capfd):
 
 def test_too_long_an_answer_is_not_sent(serving):
     address, running = serving(Floods, {"too much": 1}, max_output=1999)
-    with socket.create_connection(address, timeout=20) as client:
+    with connect(address) as client:
         assert exchange(client, b"x", 1) == b""
     stop(running)

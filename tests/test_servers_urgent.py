@@ -13,10 +13,13 @@ import struct
 import subprocess
 import sys
 import termios
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, eventually
+from serving import NEVER, silent, wait_asleep, wait_stopped
 
 from ipckit import sockets
 from ipckit.servers.listening import listen
@@ -28,7 +31,8 @@ STREAM = random.Random(1).randbytes(1 << 20)
 class Server:
     """An UrgentServer in a process of its own."""
 
-    def __init__(self, forked, variant, *, descriptors=None, stop_timeout=5.0, **options):
+    def __init__(self, forked, variant, *, descriptors=None, stop_timeout=NEVER, **options):
+        options.setdefault("idle_timeout", NEVER)
         self._listener = listen()
         self.address = self._listener.getsockname()
 
@@ -54,10 +58,9 @@ class Server:
         self.child.kill(signum)
         return self.child.wait()
 
-    def wait_stopped(self):
-        eventually(
-            lambda: Path(f"/proc/{self.child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
-        )
+    def stand_still(self):
+        self.child.kill(signal.SIGSTOP)
+        wait_stopped(self.child.pid)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -128,8 +131,7 @@ def test_each_urgent_byte_is_answered_and_the_stream_echoed(server):
 
 def sequence(server, connection, *items):
     """Send *items* so that the server sees them all at once."""
-    server.child.kill(signal.SIGSTOP)
-    server.wait_stopped()
+    server.stand_still()
     for item in items:
         if item.endswith(b"!"):
             sockets.send_urgent(connection, item[:1])
@@ -180,8 +182,7 @@ def test_the_answer_comes_before_a_stream_that_nobody_reads(server):
 def test_one_that_came_before_it_was_accepted(forked, variant):
     """Before F_SETOWN, so without a signal."""
     server = Server(forked, variant)
-    server.child.kill(signal.SIGSTOP)
-    server.wait_stopped()
+    server.stand_still()
     with socket.create_connection(server.address, timeout=PATIENCE) as connection:
         sockets.send_urgent(connection, b"!")
         until_sent(connection)
@@ -213,12 +214,14 @@ def converse(connection, seed, rounds):
     assert connection.recv(1) == b""
 
 
-def test_urgent_bytes_and_data_are_never_mistaken(server):
+@pytest.mark.parametrize("rounds", [200, pytest.param(1500, marks=pytest.mark.slow)])
+def test_urgent_bytes_and_data_are_never_mistaken(server, rounds):
     with server.connect() as connection:
-        converse(connection, seed=3, rounds=1500)
+        converse(connection, seed=3, rounds=rounds)
 
 
-def test_fifty_connections_at_once(server, forked):
+@pytest.mark.parametrize("count", [15, pytest.param(50, marks=pytest.mark.slow)])
+def test_many_connections_at_once(server, forked, count):
     def client(ready, seed):
         with server.connect() as connection:
             ready()
@@ -226,7 +229,7 @@ def test_fifty_connections_at_once(server, forked):
             converse(connection, seed, rounds=20)
 
     gate, opener = os.pipe()
-    clients = [forked(client, seed) for seed in range(50)]
+    clients = [forked(client, seed) for seed in range(count)]
     for child in clients:
         child.wait_ready()  # all connected and served
     os.write(opener, b"." * len(clients))
@@ -252,7 +255,7 @@ def test_half_close_gets_the_whole_answer(server):
 def test_a_reset_costs_only_itself(server):
     with server.connect() as other:
         before = len(os.listdir(f"/proc/{server.child.pid}/fd"))
-        for _ in range(50):
+        for _ in range(20):
             connection = server.connect()
             connection.sendall(STREAM[:200_000])
             sockets.send_urgent(connection, b"?")
@@ -267,12 +270,16 @@ def test_only_so_much_is_held_for_a_client_that_reads_nothing(server):
     with server.connect() as connection:
         sent = bytearray()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        connection.settimeout(1)
         before = resident_kib(server.child.pid)
-        with pytest.raises(TimeoutError):
-            while len(sent) < 64 << 20:
+        connection.setblocking(False)
+        while select.select([], [connection], [], 0)[1]:
+            with suppress(BlockingIOError):
                 sent += STREAM[: connection.send(STREAM)]
+            if not select.select([], [connection], [], 0)[1]:
+                wait_asleep(server.child.pid, seconds=0.01)  # it reads no more
+            assert len(sent) < 64 << 20
         assert resident_kib(server.child.pid) - before < 48 << 10
+        connection.settimeout(PATIENCE)
         assert sockets.recv_exact(connection, len(sent), timeout=PATIENCE) == sent
         assert exchange(connection, b"end") == b"end"
 
@@ -298,28 +305,23 @@ def test_beyond_max_connections_the_next_one_waits(forked, variant):
     first, second = server.connect(), server.connect()
     with socket.create_connection(server.address, timeout=PATIENCE) as third:
         third.sendall(b"3")
-        assert select.select([third], [], [], 0.3)[0] == []
+        assert silent(third)
         first.close()
         assert third.recv(1) == b"3"
     second.close()
     assert server.stop() == 0
 
 
-def processor_time(pid):
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def test_out_of_descriptors_the_others_are_served(forked, variant, capfd):
+    began = time.monotonic()
     server = Server(forked, variant, descriptors=40)
     clients = [socket.create_connection(server.address, timeout=PATIENCE) for _ in range(60)]
     for client in clients:
         client.sendall(b"x")
     served = select.select(clients, [], [], PATIENCE)[0]
     assert exchange(served[0], b"y")[-1:] in (b"x", b"y")
-    before = processor_time(server.child.pid)
-    assert select.select([clients[-1]], [], [], 1.0)[0] == [], "it waits"
-    assert processor_time(server.child.pid) - before < 0.2, "and nobody spins"
+    assert silent(clients[-1]), "it waits"
+    wait_asleep(server.child.pid)  # and nobody spins
     for client in clients[:-1]:
         client.close()
     assert clients[-1].recv(1) == b"x"
@@ -327,12 +329,12 @@ def test_out_of_descriptors_the_others_are_served(forked, variant, capfd):
     assert server.stop() == 0
     said = capfd.readouterr().err.splitlines()
     assert set(said) == {"accept: [Errno 24] Too many open files; new connections wait"}
-    assert len(said) < 60
+    assert len(said) <= 60 + time.monotonic() - began, "one for each that ended, one a second"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_at_the_stop_what_has_come_is_answered(forked, variant, signum):
-    server = Server(forked, variant, stop_timeout=60)
+    server = Server(forked, variant)
     with server.connect() as connection, server.connect():
         sequence(server, connection, STREAM[:60_000], b"?!")
         server.child.kill(signum)
@@ -341,8 +343,6 @@ def test_at_the_stop_what_has_come_is_answered(forked, variant, signum):
         assert (answer, before + rest) == (b"?", STREAM[:60_000])
         assert connection.recv(1) == b""
         assert server.child.wait() == 0
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(server.address)
 
 
 def test_the_stop_waits_for_nobody_who_reads_nothing_longer_than_that(forked, variant):
@@ -357,9 +357,7 @@ def test_a_wait_costs_no_processor(server):
         connection.sendall(STREAM)  # and the echo isn't read
         sockets.send_urgent(connection, b"?")
         eventually(lambda: is_announced(connection))
-        before = processor_time(server.child.pid)
-        assert select.select([], [], [], 1.0) == ([], [], [])
-        assert processor_time(server.child.pid) - before < 0.1
+        wait_asleep(server.child.pid)
 
 
 # --- running it ----------------------------------------------------------------------------------
