@@ -58,7 +58,7 @@ def serving(forked):
 
 def ipckit(*arguments, **options):
     command = [sys.executable, "-m", "ipckit", "load", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE * 2, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 # --- a good server --------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_the_duration_ends_it_and_what_is_under_way_is_finished(tmp_path):
     assert report.errors == {}
     assert report.seconds == pytest.approx(0.3, abs=0.01)
     assert (tmp_path / "log").stat().st_size == report.bytes
-    assert 0 < report.count < (report.bytes - 4) / 64, "neither the warm-up counts nor what ended too late"
+    assert report.count < (report.bytes - 4) / 64, "neither the warm-up counts nor what ended too late"
 
 
 def test_ipv6(tmp_path):
@@ -195,7 +195,8 @@ BAD = [
 
 @pytest.mark.parametrize("answer, kind, told", BAD, ids=[kind for _, kind, _ in BAD])
 def test_what_a_bad_server_does_is_counted_under_its_kind(serving, answer, kind, told):
-    report = run_load(serving(after_hello(answer)), connections=2, messages=2, duration=None, timeout=0.3)
+    timeout = 0.1 if kind == "timed out" else PATIENCE
+    report = run_load(serving(after_hello(answer)), connections=2, messages=2, duration=None, timeout=timeout)
     assert report.errors == {kind: 4}, report.first
     assert told in report.first[kind]
     assert (report.count, report.latency_us) == (0, {})
@@ -207,21 +208,25 @@ def without_hello(answer):
 
 @pytest.mark.parametrize("answer, kind, told", BAD, ids=[kind for _, kind, _ in BAD])
 def test_also_with_a_connection_for_each_message(serving, answer, kind, told):
+    timeout = 0.1 if kind == "timed out" else PATIENCE
     address = serving(without_hello(answer))
-    report = run_load(address, connections=2, messages=2, duration=None, timeout=0.3, reconnect=True)
+    report = run_load(address, connections=2, messages=2, duration=None, timeout=timeout, reconnect=True)
     assert report.errors == {kind: 4}, report.first
     assert report.count == 0
 
 
 def test_nobody_listens():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = listener.getsockname()
-    report = run_load(address, connections=5, duration=0.25)
+    with socket.socket() as taken:  # so that no other test gets it meanwhile
+        taken.bind(("127.0.0.1", 0))
+        address = taken.getsockname()
+        began = time.monotonic()
+        report = run_load(address, connections=5, duration=0.25)
+        tenths = (time.monotonic() - began) / 0.1
+        once = run_load(address, connections=5, messages=1, duration=None, reconnect=True)
     assert set(report.errors) == {"refused"}
-    assert 5 <= report.errors["refused"] <= 25, "each once at first, then every tenth of a second"
+    assert 5 <= report.errors["refused"] <= 5 * (1 + tenths), "each at first, then every tenth of a second"
     assert report.first["refused"] == "connection 0 after 0 bytes, while it was opened: Connection refused"
-    report = run_load(address, connections=5, messages=1, duration=None, reconnect=True)
-    assert report.errors == {"refused": 5}
+    assert once.errors == {"refused": 5}
 
 
 def test_no_unix_socket_there(tmp_path):
@@ -230,16 +235,17 @@ def test_no_unix_socket_there(tmp_path):
 
 
 def test_a_server_that_never_answers_ends_no_run_and_takes_no_time_limit_for_each(serving):
+    one_by_one, timeout = 500, 0.3
     start = time.monotonic()
     report = run_load(
         serving(lambda connection, _: select.select([], [], [], PATIENCE)),
-        connections=200,
+        connections=one_by_one,
         duration=0.1,
-        timeout=0.3,
+        timeout=timeout,
     )
-    assert report.errors["timed out"] >= 200
+    assert report.errors["timed out"] >= one_by_one
     assert "while it was opened" in report.first["timed out"]
-    assert time.monotonic() - start < PATIENCE / 2
+    assert time.monotonic() - start < PATIENCE < one_by_one * timeout
 
 
 def test_an_error_is_one_error_and_the_rest_goes_on(serving):
@@ -276,14 +282,13 @@ def test_the_rate_is_kept(tmp_path):
         many = run_load(server.address, connections=7, rate=500, messages=10, duration=None, reconnect=True)
         assert server.stop()[0] == 0
     assert (report.errors, report.count + report.unsent) == ({}, 300), "all that were due, no other"
-    assert report.unsent < 50, "what a loaded machine was late with at the end"
     assert report.scheduled_rate == 500
     assert (many.errors, many.count) == ({}, 70)
     assert many.seconds >= 69 / 500
 
 
 def stalls_once(stall):
-    """Echo; at the first byte after a third of a second everybody waits."""
+    """Echo; at the first byte after a fifth of a second everybody waits."""
     began = []
     over = threading.Event()
 
@@ -291,7 +296,7 @@ def stalls_once(stall):
         while data := connection.recv(65536):
             if not began:
                 began.append(time.monotonic())
-            if len(began) == 1 and time.monotonic() - began[0] > 0.3:
+            if len(began) == 1 and time.monotonic() - began[0] > 0.2:
                 began.append(0)
                 time.sleep(stall)
                 over.set()
@@ -303,13 +308,14 @@ def stalls_once(stall):
 
 
 def test_a_stall_shows_on_a_schedule_and_hides_in_a_closed_loop(serving):
-    closed = run_load(serving(stalls_once(0.5)), connections=2, duration=1.5)
-    assert closed.latency_us["max"] >= 490_000
-    assert closed.latency_us["p99"] < 250_000
-    due = run_load(serving(stalls_once(0.5)), connections=2, duration=1.5, rate=200)
-    assert (due.errors, due.count + due.unsent) == ({}, 300)
-    assert 350_000 <= due.latency_us["p99"] <= 1_500_000
-    assert due.latency_us["p90"] >= 200_000, "100 of 300 messages were due during the stall"
+    with Load(serving(stalls_once(0.5)), connections=2, duration=None) as load:
+        eventually(lambda: load.step(0.01) or load.report().latency_us.get("max", 0) >= 490_000)
+        eventually(lambda: load.step(0.01) or load.progress().count > 100)
+        closed = load.report()
+    due = run_load(serving(stalls_once(0.5)), connections=2, messages=100, duration=None, rate=200)
+    assert (due.errors, due.count, due.unsent) == ({}, 200, 0)
+    assert due.latency_us["p90"] >= 200_000, "half of the messages were due during the stall"
+    assert closed.latency_us["p90"] < due.latency_us["p90"], "of the others two at the most were under way"
 
 
 def test_a_server_that_can_not_keep_up(serving):
@@ -318,23 +324,42 @@ def test_a_server_that_can_not_keep_up(serving):
             time.sleep(0.01)
             connection.sendall(data)
 
-    report = run_load(serving(slowly), connections=1, duration=0.5, rate=1000)
-    assert 350 <= report.unsent < 500
-    assert report.count + report.unsent == 500
-    assert report.latency_us["max"] >= 400_000
+    address = serving(slowly)
+    report = run_load(address, connections=1, duration=0.2, rate=1000)
+    assert report.unsent >= 150, "there is time for 20"
+    assert report.count + report.unsent == 200
+    report = run_load(address, connections=1, messages=20, duration=None, rate=1000)
+    assert report.latency_us["max"] >= 180_000, "the last one was due after 20 ms, and had its turn after 200"
 
 
 def test_percentiles_are_within_a_percent(serving):
-    def each_later(connection, _number):
+    """Four quick messages, then four that are each held for longer than the slowest of those: so that
+    one is the median, and known exactly, because it was the worst while the others were held."""
+    (arrived, has_arrived), (told, tell) = os.pipe(), os.pipe()
+
+    def handle(connection, _number):
         connection.sendall(recv_exact(connection, HELLO))
-        for delay in range(1, 21):
+        for number in range(8):
             data = recv_exact(connection, 64)
-            time.sleep(delay / 200)
+            if number >= 4:
+                os.write(has_arrived, b".")
+                os.read(told, 1)
             connection.sendall(data)
 
-    report = run_load(serving(each_later), connections=1, messages=20, duration=None)
-    for name, delay in (("p50", 10), ("p90", 18), ("p99", 20), ("max", 20)):
-        assert delay * 5_000 <= report.latency_us[name] < delay * 5_000 * 1.008 + 100_000
+    with Load(serving(handle), connections=1, messages=8, duration=None) as load:
+        eventually(lambda: load.step(0.01) or load.progress().count == 4)
+        slowest = load.report().latency_us["max"]
+        for _ in range(4):
+            eventually(lambda: load.step(0.001) or select.select([arrived], [], [], 0)[0])
+            os.read(arrived, 1)
+            time.sleep(2 * slowest / 1e6)
+            os.write(tell, b".")
+        eventually(lambda: load.step(0.01))
+        found = load.report().latency_us
+    for fd in (arrived, has_arrived, told, tell):
+        os.close(fd)
+    assert slowest <= found["p50"] <= 1.01 * slowest
+    assert 2 * slowest <= found["p90"] <= found["p99"] <= found["max"]
 
 
 # --- limits, options ------------------------------------------------------------------------------
@@ -449,7 +474,7 @@ def test_json_is_one_object_and_nothing_else(serving):
 
 def test_the_table_says_which_loop_it_was(serving):
     host, port = serving(echo)
-    done = ipckit(host, port, "--duration", 0.1)
+    done = ipckit(host, port, "--messages", 5)
     assert done.returncode == 0
     assert "closed loop" in done.stdout and "latency, p99.9" in done.stdout
     done = ipckit(host, port, "--duration", 0.1, "--rate", 100, "--reconnect", "--idle", 3)
