@@ -10,7 +10,7 @@ from pathlib import Path
 import posix_ipc
 import pytest
 import sysv_ipc
-from conftest import eventually
+from conftest import PATIENCE, eventually
 from making import MAKERS, NEW_IPC, NEW_NS, Made, become, clean, mount, unshare, without_queue_folder
 
 from ipckit import inventory
@@ -35,7 +35,8 @@ def run(*arguments, columns=None):
     environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
     if columns:
         environment["COLUMNS"] = str(columns)
-    done = subprocess.run([*IPCKIT, *arguments], capture_output=True, text=True, timeout=50, env=environment)
+    command = [*IPCKIT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 

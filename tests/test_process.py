@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 from cffi import FFI
-from conftest import eventually, open_descriptors
+from conftest import PATIENCE, eventually, open_descriptors
 from making import NEW_PID, unshare
 
 from ipckit import signals
 from ipckit._native import ffi
 from ipckit.errors import Closed
 from ipckit.process import ExitStatus, Reaper, die_with_parent, fork, fork_native, wait_any
-
-PATIENCE = 20.0
 
 libc = FFI()
 libc.cdef("int pause(void); int raise(int); void _exit(int);")
@@ -32,10 +30,10 @@ def native(name):
     return ffi.cast("int (*)(void *)", int(address))
 
 
-def script(text, *options, **more):
+def script(text, *, arguments=()):
     """Run *text* in an interpreter of its own; what it printed, and that it had nothing to say on stderr."""
-    command = [sys.executable, *options, "-c", text]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE * 2, **more)
+    command = [sys.executable, "-c", text, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
@@ -192,17 +190,23 @@ def test_two_threads_that_wait_both_get_the_status(pipe):
 
 def test_handlers_of_signals_run_while_waiting():
     seen = []
-    former = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
-    timer = signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+
+    def handler(*_):
+        seen.append(1)
+        if len(seen) == 3:
+            child.kill()  # only this lets wait() return
+
+    former = signal.signal(signal.SIGALRM, handler)
     try:
         with fork(signal.pause) as child:
-            with pytest.raises(TimeoutError):
-                child.wait(0.1)
-            child.kill()
+            timer = signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+            try:
+                assert child.wait().signal == signal.SIGKILL
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, *timer)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, former)
-    assert len(seen) >= 2
+    assert len(seen) >= 3
 
 
 def test_a_child_reaped_by_somebody_else():
@@ -468,9 +472,9 @@ def test_a_signal_right_after_the_fork_is_not_lost(handler):
     former = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
     handlers = {signal.SIGTERM: handler} if handler else None
     try:
-        for attempt in range(200):
+        for attempt in range(60):
             with fork(pause_for_ever, handlers=handlers) as child:
-                busy_for(attempt * 25e-6)  # 0 to 5 ms after the fork
+                busy_for(attempt * 80e-6)  # 0 to 5 ms after the fork
                 child.terminate()
                 status = child.wait(PATIENCE)
             assert (status.code, status.signal) == ((0, None) if handler else (None, signal.SIGTERM))
@@ -523,9 +527,7 @@ def test_children_die_with_a_parent_that_is_killed(pipe):
         eventually(lambda: len(children_of(child.pid)) == 20)
         orphans = children_of(child.pid)
         child.kill()
-        start = time.monotonic()
         eventually(lambda: not alive(orphans))
-        assert time.monotonic() - start < 1
 
 
 def children_of(pid):
@@ -721,7 +723,7 @@ def test_sigchld_ignored_on_entry_loses_no_status():
         assert signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
         with Reaper() as reaper:
             children = [reaper.fork(lambda: 5) for _ in range(20)]
-            reaper.wait(20)
+            reaper.wait(120)
         assert [child.status.code for child in children] == [5] * 20
     """
     script(text)
@@ -735,12 +737,12 @@ def test_fork_in_a_threaded_process_with_warnings_as_errors():
         stop = threading.Event()
         threads = [threading.Thread(target=stop.wait) for _ in range(8)]
         for thread in threads: thread.start()
-        for code in range(50):
+        for code in range(20):
             with fork(lambda: code) as child:
-                assert child.wait(20).code == code
+                assert child.wait(120).code == code
         def from_a_thread():
             with fork(lambda: 3, handlers={}, keep=[]) as child:
-                assert child.wait(20).code == 3
+                assert child.wait(120).code == 3
             ended.append(True)
         ended = []
         thread = threading.Thread(target=from_a_thread)
@@ -751,7 +753,7 @@ def test_fork_in_a_threaded_process_with_warnings_as_errors():
     """
     for option in ("-Werror", "-Wignore"):
         done = subprocess.run(
-            [sys.executable, option, "-c", text], stderr=subprocess.PIPE, timeout=PATIENCE * 2
+            [sys.executable, option, "-c", text], stderr=subprocess.PIPE, timeout=PATIENCE
         )
         assert done.returncode == 0, done
 
@@ -759,9 +761,14 @@ def test_fork_in_a_threaded_process_with_warnings_as_errors():
 # --- many children ---------------------------------------------------------------------------------
 
 
-def test_a_thousand_exits_at_once_beside_a_popen_of_somebody_else():
+HUNDREDS = pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+
+
+@HUNDREDS
+def test_many_exits_at_once_beside_a_popen_of_somebody_else(count):
     text = """if 1:
-        import os, select, signal, subprocess
+        import os, select, signal, subprocess, sys
+        count = int(sys.argv[1])
         from ipckit.errors import Closed
         from ipckit.process import Reaper
         foreign = subprocess.Popen(["sh", "-c", "exit 33"])
@@ -771,40 +778,43 @@ def test_a_thousand_exits_at_once_beside_a_popen_of_somebody_else():
             return code
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         with Reaper() as reaper:
-            children = [reaper.fork(ends, n % 256) for n in range(1000)]
-            assert len(reaper) == 1000
+            children = [reaper.fork(ends, n % 256) for n in range(count)]
+            assert len(reaper) == count
             assert select.select([reaper], [], [], 0)[0] == []
-            os.write(writer, bytes(1000))
+            os.write(writer, bytes(count))
             for child in children:  # all are zombies now, and one SIGCHLD at most is pending
-                assert select.select([child], [], [], 20)[0]
+                poll = select.poll()
+                poll.register(child, select.POLLIN)
+                assert poll.poll(120_000)
             ended = reaper.reap()
             assert sorted(child.pid for child, _ in ended) == sorted(child.pid for child in children)
             assert all(child.status is status for child, status in ended)
             assert (len(reaper), list(reaper)) == (0, [])
-            assert [child.status.code for child in children] == [n % 256 for n in range(1000)]
+            assert [child.status.code for child in children] == [n % 256 for n in range(count)]
             try:
                 children[0].fileno()
             except Closed:
                 print("closed")
-        assert foreign.wait(20) == 33
+        assert foreign.wait(120) == 33
     """
-    assert script(text) == "closed\n"
+    assert script(text, arguments=[str(count)]) == "closed\n"
 
 
-def test_on_exit_is_called_once_for_each_of_a_thousand():
+@HUNDREDS
+def test_on_exit_is_called_once_for_each_of_many(count):
     text = """if 1:
-        import os, subprocess, time
+        import os, subprocess, sys, time
         from collections import Counter
         from ipckit.process import Reaper
         foreign = subprocess.Popen(["sh", "-c", "exit 33"])
         ended = Counter()
         with Reaper(lambda child, status: ended.update([(child.pid, status.code)])) as reaper:
-            children = [reaper.fork(os._exit, n % 256) for n in range(1000)]
-            reaper.wait(20)
+            children = [reaper.fork(os._exit, n % 256) for n in range(int(sys.argv[1]))]
+            reaper.wait(120)
         assert ended == Counter((child.pid, n % 256) for n, child in enumerate(children))
-        assert foreign.wait(20) == 33
+        assert foreign.wait(120) == 33
     """
-    script(text)
+    script(text, arguments=[str(count)])
 
 
 def test_a_reaper_reports_what_ended(pipe):
@@ -1013,7 +1023,7 @@ def test_a_reaper_in_asyncio():
 @pytest.mark.parametrize("in_a_thread", [False, True])
 def test_waiting_while_the_handler_reaps_ends(waits, in_a_thread):
     """The handler takes the last child from under wait(), in the same thread or in another."""
-    for code in range(50):
+    for code in range(20):
         with Reaper(lambda *_: None) as reaper:
             child = reaper.fork_native(native("_exit"), ffi.cast("void *", code))
             waiting = {"reaper": reaper, "child": child}[waits]
