@@ -332,7 +332,9 @@ def test_live_figures(tmp_path, columns):
     with at_a_terminal(tmp_path / "log", "--live", "--verbose", columns=columns) as (server, terminal):
         with server.connect() as client:
             assert exchange(client, b"hello") == b"hello"
-            text = shown(terminal, rb"connection 1 from 127\.0\.0\.1:", rb"connections .* 1 .* 1 ", rb"0 replaced")
+            text = shown(
+                terminal, rb"connection 1 from 127\.0\.0\.1:", rb"connections .* 1 .* 1 ", rb"0 replaced"
+            )
             assert f"process {server.pid}" in text
         server.process.send_signal(signal.SIGTERM)
         assert "1 (1 done)" in shown(terminal, b"logger restarts")

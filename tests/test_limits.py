@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import sysv_ipc
 from making import NEW_IPC, NEW_NS, become, mount, unshare
+from serving import user_of_its_own
 
 from ipckit import limits
 
@@ -92,7 +93,7 @@ def test_what_is_in_use_is_counted():
 def test_pending_signals_and_threads_of_this_user(forked):
     def look(ready):
         if os.geteuid() == 0:
-            become(65534)
+            become(user_of_its_own())
         before = by_name()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN])
         for _ in range(3):

@@ -752,9 +752,7 @@ def test_fork_in_a_threaded_process_with_warnings_as_errors():
         stop.set()
     """
     for option in ("-Werror", "-Wignore"):
-        done = subprocess.run(
-            [sys.executable, option, "-c", text], stderr=subprocess.PIPE, timeout=PATIENCE
-        )
+        done = subprocess.run([sys.executable, option, "-c", text], stderr=subprocess.PIPE, timeout=PATIENCE)
         assert done.returncode == 0, done
 
 

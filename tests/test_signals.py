@@ -614,7 +614,7 @@ def test_a_signal_sent_right_after_fork_reaches_the_child():
 
     got = []
     with sigaction(RT, got.append, info=True):
-        for value in range(100):
+        for value in range(40):
             pid = os.fork()
             if pid == 0:
                 child()

@@ -53,10 +53,11 @@ def test_ready_hang_up_and_bad_descriptor():
 
 
 def test_signals_run_their_handlers_and_do_not_extend_the_deadline(forked):
+    """Each signal comes sooner than the deadline, and they never end."""
+
     def storm(ready, pid):
         ready()
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
+        while True:
             os.kill(pid, signal.SIGUSR1)
             time.sleep(0.001)
 
@@ -66,12 +67,14 @@ def test_signals_run_their_handlers_and_do_not_extend_the_deadline(forked):
     try:
         child = forked(storm, os.getpid())
         child.wait_ready()
-        start = time.monotonic()
-        with pytest.raises(TimeoutError):
-            wait.until_ready(reader, wait.READ, wait.deadline(0.2))
-        assert 0.2 <= time.monotonic() - start < 5
-        assert seen
-        assert child.wait() == 0
+        while len(seen) < 3:
+            seen.clear()
+            start = time.monotonic()
+            with pytest.raises(TimeoutError):
+                wait.until_ready(reader, wait.READ, wait.deadline(0.05))
+            assert time.monotonic() - start >= 0.05
+        child.kill()
+        child.wait()
     finally:
         os.close(reader)
         os.close(writer)
