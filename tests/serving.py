@@ -109,20 +109,28 @@ class Served:
 
     def children(self):
         """The living children, the logger among them, and the zombies."""
-        living, zombies = [], []
-        for task in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
-                for pid in task.read_text().split():
-                    state = _state(pid)
-                    (zombies if state in ("Z", "X", None) else living).append(int(pid))
-        return living, zombies
+        found = set()
+        for _ in range(3):  # one that ends while the kernel lists them may hide the next one
+            for task in Path(f"/proc/{self.pid}/task").glob("*/children"):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+                    found.update(map(int, task.read_text().split()))
+        zombies = [pid for pid in found if _state(pid) in ("Z", "X")]
+        return [pid for pid in sorted(found) if _state(pid) not in ("Z", "X", None)], zombies
 
     def logger(self):
-        """The child that has the log file open."""
+        """The child that has the log file open, while it sleeps; None if there is none at the moment.
+
+        Any fork of the server has the file too, until it has closed what it does not need."""
         for pid in self.children()[0]:
-            if str(self.path.absolute()) in _links(pid):
+            if str(self.path.absolute()) in _links(pid) and _state(pid) in ("S", "T"):
                 return pid
         return None
+
+    def wait_logger(self):
+        """The same, once there is one."""
+        found = []
+        eventually(lambda: found.append(self.logger()) or found[-1])
+        return found[-1]
 
     def descriptors(self):
         """What the server has open when it serves nobody (it serves somebody first)."""

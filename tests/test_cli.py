@@ -176,7 +176,7 @@ def test_what_is_no_service_is_one_line_and_status_2(tmp_path, where, why):
 @pytest.mark.slow
 def test_workers_that_die_again_and_again_are_one_line_and_status_1(tmp_path):
     with Served(tmp_path / "log", model="prefork") as server:
-        logger = server.logger()
+        logger = server.wait_logger()
 
         def failed():
             for pid in server.children()[0]:

@@ -942,6 +942,7 @@ def test_a_child_that_ended_before_add_is_not_forgotten():
         assert ended == [1]
 
 
+@pytest.mark.serial  # beside others there is a thread that would take the signal blocked here
 def test_an_exception_of_on_exit_leaves_the_rest_for_the_next_call(pipe):
     reader, writer = pipe
     seen = []

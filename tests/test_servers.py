@@ -251,7 +251,7 @@ def test_the_events_of_a_life(started, tmp_path):
         eventually(lambda: seen("connected"))  # which another process may have to tell first
         server.process.send_signal(signal.SIGUSR1)
         eventually(lambda: seen("statistics"))
-        os.kill(server.logger(), signal.SIGKILL)
+        os.kill(server.wait_logger(), signal.SIGKILL)
         eventually(lambda: seen("logger died"))
         assert exchange(client, b"again") == b"again"
         assert half_close_and_drain(client) == b""
@@ -297,7 +297,7 @@ def test_the_logger_killed_under_load(started, tmp_path):
             crowd.add(server.connect(), chatter(seed), each_waits=True)
         for _ in range(4):
             crowd.run_for_more(20_000)
-            logger = server.logger()
+            logger = server.wait_logger()
             os.kill(logger, signal.SIGKILL)
             crowd.run(until=lambda old=logger: server.logger() not in (None, old))
         crowd.finish()
@@ -312,8 +312,9 @@ def test_the_supervisor_killed_takes_all_with_it(started, tmp_path):
         for seed in range(4):
             crowd.add(server.connect(), chatter(seed), each_waits=True)
         crowd.run_for_more(50_000)
+        logger = server.wait_logger()
         processes = server.children()[0]
-        assert server.logger() in processes
+        assert logger in processes
         os.kill(server.pid, signal.SIGKILL)
         wait_gone(processes)
         crowd.run()

@@ -58,6 +58,7 @@ class Pool(Served):
             level=options.pop("level", "WARNING"),
         )
         with blocked([signal.SIGTERM]), MessageLog(self.path) as log:
+            self.path.with_name("logger").write_text(str(log.logger.pid))
             if before:
                 before()
             ready()
@@ -71,6 +72,10 @@ class Pool(Served):
 
     def workers(self):
         return sorted(set(self.children()[0]) - {self.logger()})
+
+    def logger(self):
+        """The one that it had at the start, which nobody kills."""
+        return int(self.path.with_name("logger").read_text())
 
     def worker_of(self, connection):
         """The worker that serves *connection*: the one that has its other end."""

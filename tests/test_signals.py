@@ -35,6 +35,9 @@ USR2 = signal.SIGUSR2
 ROOT = Path(__file__).parent.parent
 WHOLE = bool(os.environ.get("IPCKIT_PROOF"))
 
+# Beside other tests there is a thread that would take the signals which a test blocks.
+pytestmark = pytest.mark.serial
+
 
 def send_values(ready, pid, count, refused):
     """A child that queues 0, 1, ... with RT; the file *refused* tells of the first EAGAIN, or of the end."""

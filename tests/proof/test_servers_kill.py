@@ -57,11 +57,9 @@ def kill_in_turn(server, chance, count):
     killed = {"loggers": 0, "workers": 0}
     while sum(killed.values()) < count:
         time.sleep(chance.random() * 0.03)  # a log gives up when its loggers die 100 times in a second
-        logger = server.logger()
+        logger = server.wait_logger()
         workers = [pid for pid in server.children()[0] if pid != logger]
         victim = chance.choice(workers) if workers and chance.random() < 0.5 else logger
-        if victim is None:
-            continue
         with contextlib.suppress(ProcessLookupError):  # it ended between the look and the kill
             os.kill(victim, signal.SIGKILL)
             killed["loggers" if victim == logger else "workers"] += 1
