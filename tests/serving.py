@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import procfs
 import pytest
 from conftest import PATIENCE, eventually
 
@@ -207,16 +208,11 @@ def wait_stopped(*pids):
 
 def _naps(pid):
     """How often each thread of a process has gone to sleep, if all of them sleep; else None."""
-    naps = {}
-    for path in Path(f"/proc/{pid}/task").glob("*/status"):
-        try:
-            fields = dict(line.partition(":\t")[::2] for line in path.read_text().splitlines())
-        except (FileNotFoundError, ProcessLookupError):  # a thread that has ended
-            return None
-        if fields["State"][0] not in "ST":
-            return None
-        naps[path.parent.name] = fields["voluntary_ctxt_switches"]
-    return naps or None
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has ended
+        threads = os.listdir(f"/proc/{pid}/task")
+        if all(procfs.state(pid, thread) in "ST" for thread in threads):
+            return {thread: procfs.wakeups(pid, thread) for thread in threads}
+    return None
 
 
 def wait_asleep(*pids, seconds=A_MOMENT):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, eventually
+from procfs import asleep
 from serving import user_of_its_own
 
 from ipckit import Closed, sockets
@@ -61,11 +62,6 @@ def packets():
 
 def descriptors():
     return len(os.listdir("/proc/self/fd"))
-
-
-def asleep(pid):
-    """Whether the process waits in the kernel; the tests ask where there is one call it can wait in."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 # --- send and receive ----------------------------------------------------------------------------
