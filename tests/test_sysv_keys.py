@@ -1,9 +1,13 @@
 import errno
 import os
+from functools import partial
+from pathlib import Path
 
 import pytest
 import sysv_ipc
+from making import unshare
 
+from ipckit.sysv import MessageQueue, Semaphore, SharedMemory
 from ipckit.sysv.keys import ftok, key_of, shown
 
 
@@ -47,3 +51,29 @@ def test_a_number_that_is_no_key(key):
 def test_what_is_no_key_at_all(key):
     with pytest.raises(TypeError, match=f"not {key!r}"):
         key_of(key)
+
+
+@pytest.mark.parametrize("make", [MessageQueue, partial(SharedMemory, size=10), Semaphore])
+def test_an_owner_that_the_user_namespace_lacks_is_not_taken_for_a_removed_object(make, forked):
+    def inside(ready):
+        user, group = os.geteuid(), os.getegid()
+        try:
+            unshare(0x10000000)
+        except OSError:
+            os._exit(77)
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+        made = make()
+        for owner in ({"uid": user + 12}, {"gid": group + 12}):
+            with pytest.raises(OSError, match=r"of this user namespace.*System V .* \(private\)") as caught:
+                made.set(**owner)
+            assert caught.value.errno == errno.EINVAL
+        made.set(mode=0o640, uid=user, gid=group)
+        assert (made.stat().uid, made.stat().mode) == (user, 0o640)
+        made.remove()
+        made.close()
+
+    if (status := forked(inside).wait()) == 77:
+        pytest.skip("no user namespace to be had")
+    assert status == 0

@@ -75,6 +75,14 @@ def check_known(rc: int, what: str) -> int:
     return check(-errno.EIDRM if rc == -errno.EINVAL else rc, what)
 
 
+def check_set(rc: int, known: int, what: str) -> int:
+    """As check_known(), of IPC_SET, after which IPC_STAT said *known*: it knows what was not removed."""
+    if rc == -errno.EINVAL and known not in (-errno.EINVAL, -errno.EIDRM):
+        why = "its owner and group must be of this user namespace, see user_namespaces(7)"
+        raise OSError(errno.EINVAL, why, what)
+    return check_known(rc, what)
+
+
 def changes(mode: int | None, uid: int | None, gid: int | None) -> list[int]:
     """The three as C takes them for IPC_SET: -1 leaves as it is. Raises: ValueError."""
     check_creation(True, False, mode or 0)

@@ -26,6 +26,7 @@ from ipckit.sysv.keys import (
     changes,
     check_creation,
     check_known,
+    check_set,
     find_or_create,
     key_of,
     shown,
@@ -328,11 +329,13 @@ class SharedMemory(Views):
     def set(self, *, mode: int | None = None, uid: int | None = None, gid: int | None = None) -> None:
         """Change permissions and owner; None leaves as it is. Only for owner, creator and root.
 
-        Raises: PermissionError (EPERM); OSError EIDRM; Closed. See shmctl(2), IPC_SET.
+        Raises: PermissionError (EPERM); OSError EIDRM, or EINVAL where owner or group is none of this user
+            namespace; Closed. See shmctl(2), IPC_SET.
         """
         self._open()
-        self._check(lib.ik_sysv_memory_set(self._id, *changes(mode, uid, gid)), "setting")
+        set_rc = lib.ik_sysv_memory_set(self._id, *changes(mode, uid, gid))
         rc, status = _status(self._id)
+        check_set(set_rc, rc, f"setting {self._what}")
         if rc == 0 and self._member:  # else the new mode keeps us out, too
             self._member.refresh(birth=str(status.ctime))
 

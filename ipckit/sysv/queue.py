@@ -18,7 +18,16 @@ from typing import Any, NamedTuple, NoReturn
 from ipckit import _hot, limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
-from ipckit.sysv.keys import PRIVATE, Key, changes, check_creation, find_or_create, key_of, shown
+from ipckit.sysv.keys import (
+    PRIVATE,
+    Key,
+    changes,
+    check_creation,
+    check_set,
+    find_or_create,
+    key_of,
+    shown,
+)
 from ipckit.vectored import Buffer
 from ipckit.wait import NOW, READ, deadline, ready
 
@@ -576,7 +585,8 @@ class MessageQueue(_hot.SysvQueue):
         """Change what is given: how much the queue may hold, its permissions, its owner.
 
         Raises: PermissionError (EPERM) for who is neither owner, creator nor root, and for max_bytes over
-            kernel.msgmnb without CAP_SYS_RESOURCE; ValueError for a bad number. See IPC_SET in msgctl(2).
+            kernel.msgmnb without CAP_SYS_RESOURCE; ValueError for a bad number; OSError EINVAL where owner or
+            group is none of this user namespace. See IPC_SET in msgctl(2).
         """
         who = changes(mode, uid, gid)
         self._change(-1 if max_bytes is None else _check_max_bytes(max_bytes), *who)
@@ -587,6 +597,10 @@ class MessageQueue(_hot.SysvQueue):
         if rc == -errno.EPERM and max_bytes > (limits.value("kernel.msgmnb") or _INT_MAX):
             advice = limits.advice("kernel.msgmnb", max_bytes)
             raise PermissionError(errno.EPERM, f"max_bytes of {max_bytes}: {advice}", self._what("set"))
+        if rc == -errno.EINVAL:
+            check_set(
+                rc, lib.ik_sysv_queue_stat(self._queue, ffi.new("ik_sysv_queue_info *")), self._what("set")
+            )
         if rc < 0:
             self._fail("set", rc)
 

@@ -22,6 +22,7 @@ from ipckit.sysv.keys import (
     changes,
     check_creation,
     check_known,
+    check_set,
     find_or_create,
     key_of,
     shown,
@@ -286,10 +287,12 @@ class Semaphore:
     def set(self, *, mode: int | None = None, uid: int | None = None, gid: int | None = None) -> None:
         """Change permissions and owner; None leaves as it is. Only for owner, creator and root.
 
-        Raises: PermissionError (EPERM); OSError EIDRM; Closed. See semctl(2), IPC_SET.
+        Raises: PermissionError (EPERM); OSError EIDRM, or EINVAL where owner or group is none of this user
+            namespace; Closed. See semctl(2), IPC_SET.
         """
         self._open()
-        self._check(lib.ik_sysv_semaphore_set(self._id, *changes(mode, uid, gid)), "setting")
+        rc = lib.ik_sysv_semaphore_set(self._id, *changes(mode, uid, gid))
+        check_set(rc, _status(self._id)[0], f"setting {self}")
         self._refresh()
 
     def _refresh(self) -> None:
