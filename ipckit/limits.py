@@ -220,7 +220,7 @@ def _queue_mounted() -> bool:
 
 
 def _is_of_another_namespace(folder: int) -> bool:
-    """A mount keeps the ipc namespace of who mounted it: its queues are not those that mq_open() opens.
+    """A mount keeps the ipc namespace of its mounter: its queues are not those that mq_open() opens.
 
     False also if no queue in it tells, because it has none, or none that this user may open.
     """

@@ -93,3 +93,18 @@ def test_a_name_that_is_not_there_is_an_attribute_error_that_names_it():
 def test_the_version_is_that_of_the_distribution():
     installed = importlib.metadata.version("ipckit-unix")
     assert ipckit.__version__ == installed, "ipckit/__init__.py has another one: touch pyproject.toml, make"
+
+
+def test_without_posix_ipc_only_its_room_is_missing():
+    """As where that package could not be built."""
+    text = """if 1:
+        import sys
+        sys.modules["posix_ipc"] = None
+        import ipckit
+        with ipckit.SharedMemory(100): pass
+        print([obj for obj in ipckit.inventory.objects() if obj.kind == "nonsense"])
+        try: ipckit.posix
+        except ImportError as error: print(error.name)
+    """
+    done = subprocess.run([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "[]\nposix_ipc\n"
