@@ -8,7 +8,7 @@ import time
 import posix_ipc
 import pytest
 import sysv_ipc
-from conftest import PATIENCE, eventually
+from conftest import ISOLATED, PATIENCE, eventually
 from making import (
     MAKERS,
     NEW_IPC,
@@ -27,7 +27,9 @@ from making import (
 from ipckit import inventory, limits, registry
 
 WHOLE = bool(os.environ.get("IPCKIT_PROOF"))
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its user and namespaces")
+root_only = pytest.mark.skipif(
+    os.geteuid() != 0 or not ISOLATED, reason="needs root that may make namespaces"
+)
 kinds = pytest.mark.parametrize("kind", MAKERS)
 
 

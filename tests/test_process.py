@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cffi import FFI
-from conftest import PATIENCE, eventually, open_descriptors
+from conftest import ISOLATED, PATIENCE, eventually, open_descriptors
 from making import NEW_PID, unshare
 
 from ipckit import signals
@@ -1035,7 +1035,7 @@ def test_waiting_while_the_handler_reaps_ends(waits, in_a_thread):
             reaper.wait(PATIENCE)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be process 1 of a new pid namespace")
+@pytest.mark.skipif(os.geteuid() != 0 or not ISOLATED, reason="needs root that may make namespaces")
 def test_process_1_reaps_its_own_children_and_leaves_the_orphans_that_it_adopts():
     def leaves_an_orphan():
         orphan = os.fork()

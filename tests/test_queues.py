@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, eventually
+from conftest import ISOLATED, PATIENCE, eventually
 from making import NEW_NS, NEW_PID, mount, unshare
 from procfs import asleep, state
 
@@ -30,7 +30,9 @@ from ipckit import inventory, registry
 from ipckit._native import lib
 from ipckit.queues import Ended, JoinableQueue, Queue, ShutDown
 
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change its user and namespaces")
+root_only = pytest.mark.skipif(
+    os.geteuid() != 0 or not ISOLATED, reason="needs root that may make namespaces"
+)
 TABLE = lib.IK_QUEUE_MEMORY
 FOLDER = f"/dev/shm/ipckit-{os.geteuid()}"
 
