@@ -462,8 +462,8 @@ def exchange(ends, forked, here, there):
     assert process.wait() == 0
 
 
-def test_both_send_64_mib_at_once(forked):
-    size = 64 << 20
+def test_both_send_16_mib_at_once(forked):
+    size = 16 << 20
     with contextlib.ExitStack() as both:
         ends = [both.enter_context(end) for end in channel(max_message=size)]
         exchange(ends, forked, [os.urandom(size)], [os.urandom(size)])

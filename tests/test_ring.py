@@ -357,7 +357,7 @@ def test_killed_amid_a_long_message(many, forked):
 
 def test_a_long_message_is_sent_again_when_its_receiver_is_killed(many, forked):
     """The sender is stopped amid it, so the receiver waits amid it, too."""
-    data = os.urandom(3_000_000)
+    data = os.urandom(300_000)
     sender = forked(lambda ready: many.send(data))
     eventually(lambda: many.stats().used > 4000 and asleep(sender.pid, within="futex"))
     sender.kill(signal.SIGSTOP)
