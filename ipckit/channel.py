@@ -18,12 +18,8 @@ Nothing has a name but the listener's socket file, and nothing outlives its hold
 
 import asyncio
 import errno
-import os
-import select
 import socket
 import struct
-import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -36,6 +32,7 @@ from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, check
 from ipckit.memory import SharedMemory
 from ipckit.ring import DEFAULT_CAPACITY, DEFAULT_MAX_MESSAGE, RECV, SEND, RingStats
+from ipckit.unpatched import os, select, socketpair, threading, time
 from ipckit.vectored import Descriptor
 
 if TYPE_CHECKING:
@@ -437,7 +434,7 @@ def channel(
         memory = _new_memory(capacity)
         bells = _new_bells()
         undo.callback(_close_all, bells)
-        lives = [life.detach() for life in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+        lives = [life.detach() for life in socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
         undo.callback(_close_all, lives)
         again = _Bells(*_duplicates(bells))
         undo.callback(_close_all, again)
@@ -724,7 +721,8 @@ class Listener:
 
 def _bound(path: str, mode: int, backlog: int) -> "tuple[socket.socket, sockets.SocketFile]":
     with ExitStack() as undo:
-        sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
+        sock = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        sock.setblocking(False)
         file = sockets.bind_unix(sock, path, mode=mode)
         undo.callback(file.unlink)
         sock.listen(backlog)
@@ -756,7 +754,8 @@ def connect(
     """
     limits, name, until = _limits(max_message, max_inbox), sockets.check_path(path), wait.deadline(timeout)
     what = f"connect to {name!r}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as sock:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
         _reach(sock, name, until, what)
         uid = sockets.peer_credentials(sock).uid
         if not _is_allowed(uid, peer_uid):

@@ -13,7 +13,7 @@ class          is a          means
 =============  ============  ===============================================================
 """
 
-import os
+from ipckit.unpatched import os
 
 __all__ = ["Closed", "Corrupt", "PeerDied", "check"]
 

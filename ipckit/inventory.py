@@ -18,7 +18,6 @@ and so may one of another pid namespace.
 """
 
 import errno
-import os
 import re
 import stat
 from collections import defaultdict
@@ -32,6 +31,7 @@ from ipckit import limits, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.registry import Record
+from ipckit.unpatched import os
 
 __all__ = ["Object", "collect", "objects", "remove", "unlisted"]
 

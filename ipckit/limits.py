@@ -8,7 +8,6 @@ mq_overview(7).
 
 import configparser
 import errno
-import os
 import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipckit._native import lib
+from ipckit.unpatched import os
 
 __all__ = ["Limit", "advice", "queue_folder", "survey", "value"]
 

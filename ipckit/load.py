@@ -19,16 +19,15 @@ of its own: connect, one echo, half-close, end of file; there is no such byte th
 
 import errno
 import ipaddress
-import os
 import resource
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
+from ipckit.unpatched import os, time
 
 __all__ = ["Load", "LoadProgress", "LoadReport", "run_load"]
 

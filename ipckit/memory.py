@@ -15,7 +15,6 @@ import errno
 import fcntl
 import math
 import mmap
-import os
 import re
 import stat
 import sys
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipckit import registry
 from ipckit.errors import Closed, check
+from ipckit.unpatched import os
 
 __all__ = [
     "Mapping",

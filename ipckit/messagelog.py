@@ -33,12 +33,8 @@ import contextlib
 import errno
 import fcntl
 import json
-import os
-import select
 import socket
 import stat
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +44,7 @@ from ipckit import wait
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.process import Child, NativeMemory, fork_native
+from ipckit.unpatched import os, select, socketpair, threading, time
 from ipckit.vectored import Buffer
 
 __all__ = ["Append", "LogStats", "LogWriter", "MessageLog", "Record", "records"]
@@ -429,7 +426,7 @@ class MessageLog(LogWriter):
             self._own["reader"], self._own["writer"] = _pipe(capacity)
             self._own["wake"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._own["acked"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ends = socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._own["told"], self._own["tell"] = (end.detach() for end in ends)
             self._own["memory"] = os.memfd_create("ipckit-log", os.MFD_CLOEXEC)
             os.ftruncate(self._own["memory"], lib.ik_log_shared_size())

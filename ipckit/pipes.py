@@ -16,10 +16,7 @@ import errno
 import fcntl
 import functools
 import math
-import os
-import select
 import sys
-import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -32,6 +29,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
+from ipckit.unpatched import os, select, threading
 from ipckit.vectored import Buffer, Descriptor, fileno_of, non_negative
 from ipckit.wait import FOREVER, NOW, READ, WRITE, deadline, ready, remaining, until_ready
 

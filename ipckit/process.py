@@ -11,11 +11,7 @@ there. Linux only: they need pidfds, prctl(2) and /proc.
 
 import errno
 import mmap
-import os
-import select
-import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +23,7 @@ from typing import Any, NoReturn
 from ipckit import _hot, signals
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
+from ipckit.unpatched import os, select, signal
 from ipckit.vectored import Descriptor
 from ipckit.wait import READ, deadline, ready, remaining, until_ready
 
@@ -659,7 +656,7 @@ class Reaper:
 
     def __enter__(self) -> "Reaper":
         self._check_usable()
-        if self._on_exit is not None and threading.current_thread() is threading.main_thread():
+        if self._on_exit is not None and signals.is_main_thread():
             self._former = signals.sigaction(
                 signal.SIGCHLD, self._on_sigchld, flags=signals.SA_NOCLDSTOP, info=True
             )

@@ -15,12 +15,9 @@ there were producers, the last is gone and everything was got, ``get()`` raises 
 import atexit
 import errno
 import io
-import os
 import pickle
 import stat
 import sys
-import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,6 +55,7 @@ from ipckit.ring import (
     ring_stats,
     sendable,
 )
+from ipckit.unpatched import os, threading, time
 
 if sys.version_info >= (3, 13):
     from queue import ShutDown

@@ -18,10 +18,7 @@ import errno
 import fcntl
 import functools
 import hashlib
-import os
 import stat
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +26,7 @@ from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from ipckit.errors import check
+from ipckit.unpatched import os, threading, time
 from ipckit.wait import deadline, remaining
 
 __all__ = [

@@ -18,8 +18,6 @@ What is promised:
 import asyncio
 import errno
 import io
-import os
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from ipckit._hot import Ends as _Ends
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
 from ipckit.memory import Mapping, SharedMemory
+from ipckit.unpatched import os, time
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self

@@ -9,9 +9,6 @@ ever, in the main thread between two bytecodes, once for each arrival and in the
 
 import errno
 import operator
-import os
-import signal
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from ipckit import wait
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
+from ipckit.unpatched import os, signal, threading
 
 __all__ = [
     "Action",
@@ -196,10 +194,15 @@ def _current(signum: int) -> Action:
     return Action(signum, known, kernel.mask, kernel.flags & _FLAGS, False, kernel)
 
 
+def is_main_thread() -> bool:
+    """Whether Python runs signal handlers in the thread that calls; a greenlet of it is it, too."""
+    return threading.get_native_id() == threading.main_thread().native_id
+
+
 def _only_in_main_thread(signum: int) -> None:
-    thread = threading.current_thread()
-    if thread is not threading.main_thread():
-        raise ValueError(f"sigaction of {_name(signum)} works only in the main thread, not in {thread.name}")
+    if not is_main_thread():
+        name = threading.current_thread().name
+        raise ValueError(f"sigaction of {_name(signum)} works only in the main thread, not in {name}")
 
 
 def _put(action: Action) -> None:

@@ -12,12 +12,8 @@ GIL, work in any thread and after fork; Python signal handlers run while a call 
 
 import errno
 import fcntl
-import os
-import select
-import signal
 import socket
 import stat
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from socket import MSG_DONTROUTE, MSG_DONTWAIT, MSG_OOB, MSG_PEEK, MSG_TRUNC, MSG_WAITALL
@@ -26,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
+from ipckit.unpatched import os, select, signal, time
 from ipckit.vectored import Buffer, Descriptor, fileno_of, pin
 from ipckit.wait import NOW, deadline, remaining, until_ready
 
@@ -581,7 +578,8 @@ def _probe(path: str) -> int:
     A datagram socket can't connect to a stream or to packets (EPROTOTYPE), so a living server notices
     nothing of this, and one that is bound and doesn't listen yet isn't taken for dead.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        probe.setblocking(False)
         return probe.connect_ex(path)
 
 

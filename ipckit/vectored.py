@@ -9,13 +9,13 @@ All calls drop the GIL, work in any thread and after fork.
 """
 
 import errno
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ipckit._native import ffi, lib
 from ipckit.errors import check
+from ipckit.unpatched import os
 from ipckit.wait import deadline
 
 __all__ = ["preadv", "pwritev", "readv", "readv_exact", "writev", "writev_all"]

@@ -7,13 +7,11 @@ each step. The clock is CLOCK_MONOTONIC: setting the wall clock changes nothing.
 """
 
 import errno
-import os
-import select
-import time
 from typing import TYPE_CHECKING
 
 from ipckit._native import lib
 from ipckit.errors import check
+from ipckit.unpatched import os, select, time
 
 __all__ = ["FOREVER", "NOW", "deadline", "ready", "remaining", "until_ready"]
 

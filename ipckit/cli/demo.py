@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The demonstration: the message-logging echo server, real clients at once, and its log verified."""
 
-import os
-import signal
 import socket
-import time
 from collections import defaultdict
 
 from rich.console import Console
@@ -16,6 +13,7 @@ from ipckit.process import Child, fork
 from ipckit.servers import listen
 from ipckit.servers.fork import ForkServer
 from ipckit.signals import blocked
+from ipckit.unpatched import os, signal, time
 
 _FIRST_LINES = 8
 

@@ -3,7 +3,6 @@
 
 import json
 import pwd
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from ipckit import inventory, limits, registry
 from ipckit.cli.commands import group, one_line
 from ipckit.inventory import Object
 from ipckit.limits import Limit
+from ipckit.unpatched import os, time
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,8 +80,6 @@ def _key(obj: Object) -> str:
 
 
 def _console() -> "Console":
-    import os
-
     from rich.console import Console
 
     console = Console(markup=False, emoji=False, highlight=False)  # names are shown as they are

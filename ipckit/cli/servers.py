@@ -5,8 +5,6 @@ import contextlib
 import importlib
 import importlib.util
 import logging
-import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, Server, Service, listening, server_class
 from ipckit.servers import client as split_client
 from ipckit.signals import blocked, sigaction
+from ipckit.unpatched import os, signal
 
 _SECONDS = click.FloatRange(min=0, min_open=True)
 _COUNT = click.IntRange(min=1)

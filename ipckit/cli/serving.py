@@ -7,14 +7,13 @@ rich is imported only where it draws: what a server has loaded makes its forks d
 import contextlib
 import json
 import logging
-import os
 import sys
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from ipckit.servers import Server, ServerStats
 from ipckit.servers.server import event
+from ipckit.unpatched import os, time
 
 if TYPE_CHECKING:
     from rich.table import Table

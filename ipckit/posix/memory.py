@@ -2,7 +2,6 @@
 """Shared memory under a name that other programs find too. See shm_overview(7)."""
 
 import errno
-import os
 from typing import Any
 
 import posix_ipc
@@ -18,6 +17,7 @@ from ipckit.posix.names import (
     look,
     told,
 )
+from ipckit.unpatched import os
 
 __all__ = ["SharedMemory"]
 

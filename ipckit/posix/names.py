@@ -2,12 +2,12 @@
 """What the three kinds of named objects share: their names, the package's errors, whose a file is."""
 
 import errno
-import os
 
 import posix_ipc
 
 from ipckit.errors import check
 from ipckit.memory import check_regular
+from ipckit.unpatched import os
 
 # The package's OSErrors without an errno, by how they begin; the others mean EMFILE.
 _UNNUMBERED = {"Insufficient space": errno.ENOSPC, "The system limit": errno.ENFILE}

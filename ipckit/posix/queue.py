@@ -2,9 +2,7 @@
 """Message queues with priorities, kept by the kernel under a name. See mq_overview(7)."""
 
 import errno
-import os
 import resource
-import select
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +17,7 @@ from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.posix.names import check_exclusive, check_mode, check_name, told
+from ipckit.unpatched import os, select
 from ipckit.vectored import Buffer, pin
 from ipckit.wait import READ, WRITE, deadline, ready, remaining
 

@@ -2,7 +2,6 @@
 """Named semaphores. See sem_overview(7)."""
 
 import errno
-import os
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -18,6 +17,7 @@ from ipckit.posix.names import (
     look,
     told,
 )
+from ipckit.unpatched import os
 from ipckit.wait import deadline
 
 __all__ = ["Semaphore"]

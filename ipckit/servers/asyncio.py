@@ -12,9 +12,7 @@ where the service shares a process with other coroutines; the model epoll does t
 """
 
 import contextlib
-import os
 import socket
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -26,6 +24,7 @@ from ipckit.servers.connection import new_block
 from ipckit.servers.loop import READ, WRITE, Loop
 from ipckit.servers.protocol import Client
 from ipckit.servers.server import Server
+from ipckit.unpatched import os, time
 
 __all__ = ["AsyncioServer"]
 

@@ -2,10 +2,10 @@
 """The servers' loop on top of one of asyncio's, or of uvloop's."""
 
 import asyncio
-import time
 from collections.abc import Callable
 
 from ipckit.servers.loop import READ, WRITE, Handler, HasFileno, Loop, number_of
+from ipckit.unpatched import time
 
 __all__ = ["AsyncioLoop", "new_event_loop"]
 

@@ -6,12 +6,12 @@ Neither waits for the other, so what is typed is sent at once and what comes is 
 """
 
 import contextlib
-import select
-import signal
 import socket
 from collections.abc import Iterator
 
+from ipckit import sockets
 from ipckit.process import Child, fork
+from ipckit.unpatched import select, signal
 from ipckit.vectored import writev_all
 
 __all__ = ["run"]
@@ -45,7 +45,7 @@ def run(host: str, port: int, *, stdin: int = 0, stdout: int = 1, timeout: float
 def _send_keyboard(connection: socket.socket, stdin: int) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other process says so
         for line in _until_quit(stdin):
-            connection.sendall(line)
+            sockets.send_all(connection, line)
     with contextlib.suppress(OSError):  # ENOTCONN, after a reset that was noticed by no send
         connection.shutdown(socket.SHUT_WR)
 
@@ -70,7 +70,7 @@ def _print_answers(connection: socket.socket, keyboard: Child, stdout: int) -> N
             with contextlib.suppress(OSError):  # done by the child unless it was killed
                 connection.shutdown(socket.SHUT_WR)
         if connection.fileno() in ready:
-            answer = connection.recv(65536)
+            answer = sockets.recv(connection, 65536)
             if not answer:
                 return
             writev_all(stdout, [answer])

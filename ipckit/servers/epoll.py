@@ -8,11 +8,11 @@ answer. It is used level-triggered, so a client that has more to be read is simp
 Regular files can't be waited for (EPERM). Linux only.
 """
 
-import select
 from typing import ClassVar
 
 from ipckit.servers.loop import Loop
 from ipckit.servers.multiplex import MultiplexServer
+from ipckit.unpatched import select
 
 __all__ = ["EpollServer"]
 

@@ -9,7 +9,6 @@
 Every message reaches the log before its echo reaches the client.
 """
 
-import os
 import socket
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from ipckit.process import Child, NativeMemory, Reaper, fork, fork_native
 from ipckit.servers.connection import ENDS, Connection, accept, new_block
 from ipckit.servers.loop import READ
 from ipckit.servers.server import Server
+from ipckit.unpatched import os
 
 __all__ = ["ForkServer"]
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The keyboard of a server, waited for beside the sockets, as in the textbook."""
 
-import os
 from collections.abc import Callable
 
 from ipckit.servers.loop import READ, HasFileno, Loop
+from ipckit.unpatched import os
 
 __all__ = ["Keyboard"]
 

@@ -6,15 +6,14 @@ All give listening stream sockets, which any server of ``ipckit.servers`` takes,
 
 import errno
 import logging
-import os
 import socket
 import stat
-import time
 from contextlib import ExitStack
 from typing import Any
 
 from ipckit.errors import check
 from ipckit.sockets import SocketFile, bind_unix
+from ipckit.unpatched import os, time
 
 __all__ = ["UnixListener", "activated", "endpoint", "listen", "listen_unix", "notify"]
 

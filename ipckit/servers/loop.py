@@ -7,10 +7,10 @@ The poller is ``select.poll()``, ``select.epoll()`` or one like them: what has `
 
 import heapq
 import itertools
-import select
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
+
+from ipckit.unpatched import select, time
 
 __all__ = ["READ", "WRITE", "Handler", "HasFileno", "Loop", "number_of"]
 

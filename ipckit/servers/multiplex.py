@@ -15,7 +15,6 @@ between the models select, poll and epoll.
 
 import logging
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from ipckit.servers.keyboard import Keyboard
 from ipckit.servers.loop import READ, WRITE, HasFileno
 from ipckit.servers.server import Server
 from ipckit.servers.waiting import Waiting
+from ipckit.unpatched import time
 
 __all__ = ["MultiplexServer"]
 

@@ -6,11 +6,11 @@ costs in proportion to the connections that are open, however few are ready. The
 high their numbers are. It is what to take where epoll(7) is missing, and for a few hundred connections.
 """
 
-import select
 from typing import ClassVar
 
 from ipckit.servers.loop import Loop
 from ipckit.servers.multiplex import MultiplexServer
+from ipckit.unpatched import select
 
 __all__ = ["PollServer", "poll_loop"]
 

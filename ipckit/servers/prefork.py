@@ -12,10 +12,7 @@ Every message reaches the log before its echo reaches the client.
 """
 
 import logging
-import os
-import signal
 import socket
-import time
 from collections.abc import Sequence
 from typing import Any, BinaryIO, ClassVar
 
@@ -27,6 +24,7 @@ from ipckit.servers.loop import READ
 from ipckit.servers.scoreboard import Backoff, Events, Scoreboard
 from ipckit.servers.server import Server, event, tells_of_connections
 from ipckit.servers.worker import Maker, Worker
+from ipckit.unpatched import os, signal, time
 
 __all__ = ["PreforkServer"]
 

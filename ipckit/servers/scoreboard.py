@@ -3,12 +3,11 @@
 
 import heapq
 import mmap
-import os
-import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ipckit._native import ffi, lib
+from ipckit.unpatched import os, time
 
 __all__ = ["Backoff", "Client", "Events", "Scoreboard"]
 

@@ -21,10 +21,7 @@ import errno
 import functools
 import logging
 import mmap
-import os
-import signal
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +35,7 @@ from ipckit.servers.listening import endpoint, notify
 from ipckit.servers.loop import READ, Loop
 from ipckit.servers.service import EchoService, Service
 from ipckit.signals import SigInfo, SignalQueue
+from ipckit.unpatched import os, signal, time
 
 __all__ = ["Server", "ServerStats"]
 
@@ -124,7 +122,7 @@ class Server:
         for name, seconds in (("idle_timeout", idle_timeout), ("total_timeout", total_timeout)):
             if seconds is not None and not seconds > 0:
                 raise ValueError(f"{name} must be None or more than 0 seconds, not {seconds!r}")
-        self.listeners = [listeners] if isinstance(listeners, socket.socket) else list(listeners)
+        self.listeners = list(listeners) if isinstance(listeners, Sequence) else [listeners]
         if not self.listeners:
             raise ValueError("a server needs at least one listening socket")
         self._log = log

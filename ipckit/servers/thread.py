@@ -15,11 +15,8 @@ import errno
 import functools
 import logging
 import math
-import os
 import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -29,6 +26,7 @@ from ipckit.messagelog import MessageLog
 from ipckit.servers.connection import Connection, new_block
 from ipckit.servers.loop import READ
 from ipckit.servers.server import Server, event
+from ipckit.unpatched import is_patched, os, threading, time
 
 __all__ = ["ThreadServer"]
 
@@ -43,6 +41,7 @@ class ThreadServer(Server):
     stop; its thread is left until the process ends, with a warning.
 
     Args: see Server. max_connections is 1,000 unless told otherwise.
+    Raises: as Server; RuntimeError for a service in Python where ``threading.Thread`` makes greenlets.
     """
 
     model: ClassVar[str] = "thread"
@@ -55,6 +54,11 @@ class ThreadServer(Server):
         **options: Any,
     ) -> None:
         super().__init__(listeners, log, **options)
+        if is_patched() and not self._terms.native_service:
+            raise RuntimeError(
+                "the thread server needs threads for a service in Python, and threading.Thread was replaced "
+                "by what makes none: leave it alone (gevent: patch_all(thread=False)), or take another server"
+            )
         self._serving: dict[int, tuple[Connection, Callable[[], None]]] = {}  # by number; how to join
         self._held: Connection | None = None  # accepted, but without a thread yet
         # A thread writes the number of its connection into it at its end. Only the main thread closes

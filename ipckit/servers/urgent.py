@@ -18,16 +18,13 @@ import argparse
 import fcntl
 import logging
 import math
-import os
-import select
-import signal
 import socket
-import time
 from contextlib import suppress
 
 from ipckit import sockets
 from ipckit.servers.listening import endpoint, listen
 from ipckit.signals import SignalQueue, blocked
+from ipckit.unpatched import os, select, signal, time
 
 __all__ = ["VARIANTS", "UrgentServer"]
 

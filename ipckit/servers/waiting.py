@@ -11,7 +11,6 @@ the client      a look each millisecond             it has the last answer: clos
 """
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from ipckit._native import lib
 from ipckit.servers.connection import Connection
 from ipckit.servers.loop import READ, WRITE, Loop
+from ipckit.unpatched import os
 
 __all__ = ["Waiting"]
 

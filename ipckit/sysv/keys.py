@@ -2,10 +2,10 @@
 """The keys by which unrelated processes find one System V object. See ftok(3), sysvipc(7)."""
 
 import errno
-import os
 from collections.abc import Callable
 
 from ipckit.errors import check
+from ipckit.unpatched import os
 
 __all__ = ["Key", "ftok"]
 

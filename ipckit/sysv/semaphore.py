@@ -8,8 +8,6 @@ so that no process can find it without, or give it twice, whoever is killed in t
 """
 
 import errno
-import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +25,7 @@ from ipckit.sysv.keys import (
     key_of,
     shown,
 )
+from ipckit.unpatched import threading, time
 from ipckit.wait import FOREVER, deadline, remaining
 
 __all__ = ["Semaphore", "SemaphoreStat"]
