@@ -10,15 +10,22 @@
 
 #include "wait.h"
 
-/* Credentials come first where SO_PASSCRED is on, so they need room before the descriptors. */
+#ifndef SCM_PIDFD /* Linux 6.5, SO_PASSPIDFD */
+#define SCM_PIDFD 0x04
+#endif
+
+/* What a socket's options may add to a message has room beside the descriptors, or it would take
+ * theirs, and that would be told as descriptors that were cut off: SO_TIMESTAMP, SO_TIMESTAMPING,
+ * SO_PASSCRED, SO_PASSSEC (a label, of 60 bytes or so) and SO_PASSPIDFD. */
 enum {
-    CREDENTIALS_ROOM = CMSG_SPACE(sizeof(struct ucred)),
+    OPTIONS_ROOM = CMSG_SPACE(2 * sizeof(int64_t)) + CMSG_SPACE(6 * sizeof(int64_t)) +
+        CMSG_SPACE(sizeof(struct ucred)) + CMSG_SPACE(256) + CMSG_SPACE(sizeof(int)),
     FDS_ROOM = CMSG_SPACE(IK_SOCKETS_MAX_FDS * sizeof(int)),
 };
 
 typedef union control {
     struct cmsghdr aligned;
-    char room[CREDENTIALS_ROOM + FDS_ROOM];
+    char room[OPTIONS_ROOM + FDS_ROOM];
 } control;
 
 static int dont_wait(int64_t deadline_ns) {
@@ -103,13 +110,25 @@ int64_t ik_sockets_send_fds(int fd, const void *data, size_t size, const int *fd
     return send_message(fd, &message, 0, deadline_ns);
 }
 
+/* A pidfd of the sender was not asked for; it is negative where there was none left. */
+static void close_pidfd(const struct cmsghdr *c) {
+    int pidfd;
+    memcpy(&pidfd, CMSG_DATA(c), sizeof pidfd);
+    if (pidfd >= 0)
+        close(pidfd);
+}
+
 static void collect(struct msghdr *message, ik_sockets_fds *ret_fds) {
     ret_fds->count = 0;
     for (struct cmsghdr *c = CMSG_FIRSTHDR(message); c != NULL; c = CMSG_NXTHDR(message, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+        if (c->cmsg_level != SOL_SOCKET)
             continue;
-        ret_fds->count = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-        memcpy(ret_fds->fd, CMSG_DATA(c), (size_t)ret_fds->count * sizeof(int));
+        if (c->cmsg_type == SCM_PIDFD)
+            close_pidfd(c);
+        if (c->cmsg_type == SCM_RIGHTS) {
+            ret_fds->count = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+            memcpy(ret_fds->fd, CMSG_DATA(c), (size_t)ret_fds->count * sizeof(int));
+        }
     }
 }
 
@@ -129,7 +148,7 @@ int64_t ik_sockets_recv_fds(int fd, void *ret_data, size_t size, ik_sockets_fds 
     struct msghdr message = {.msg_iov = &iov,
                              .msg_iovlen = 1,
                              .msg_control = &c,
-                             .msg_controllen = CREDENTIALS_ROOM + CMSG_LEN(max * sizeof(int))};
+                             .msg_controllen = OPTIONS_ROOM + CMSG_LEN(max * sizeof(int))};
     int64_t n = recv_message(fd, &message, MSG_CMSG_CLOEXEC, deadline_ns);
     if (n < 0)
         return n;

@@ -965,6 +965,56 @@ def test_surplus_descriptors_are_closed(local, files, passcred, expected):
     assert (data, len(fds)) == (b"x", expected)
 
 
+SO_TIMESTAMP, SO_PASSPIDFD = 29, 76  # the latter from Linux 6.5 on
+OPTIONS = (socket.SO_PASSCRED, socket.SO_PASSSEC, SO_TIMESTAMP, SO_PASSPIDFD)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[-1:], OPTIONS[:1] + OPTIONS[-1:], OPTIONS])
+@pytest.mark.parametrize("expected", [0, 1, 253])
+def test_what_options_add_to_a_message_is_no_descriptor(files, options, expected):
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with left, right:
+        for option in options:
+            try:
+                right.setsockopt(socket.SOL_SOCKET, option, 1)
+            except OSError:
+                pytest.skip(f"the kernel has no option {option}")
+        before = descriptors()
+        for _ in range(5):
+            sockets.send_fds(left, b"x", [files[0]] * expected)
+            data, fds = sockets.recv_fds(right, 10, expected, timeout=PATIENCE)
+            for fd in fds:
+                os.close(fd)
+            assert (data, len(fds)) == (b"x", expected)
+            assert descriptors() == before
+        sockets.send_fds(left, b"too long", files)
+        with pytest.raises(OSError, match="recv_fds of 1 bytes") as caught:
+            sockets.recv_fds(right, 1, 3)
+        assert caught.value.errno == errno.EMSGSIZE
+        assert descriptors() == before
+
+
+def test_the_pidfd_of_a_sender_is_not_the_last_descriptor_that_there_is(files, forked):
+    """SO_PASSPIDFD where none is left: what came is received all the same."""
+    left, right = socket.socketpair()
+    with left, right:
+        try:
+            right.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+        except OSError:
+            pytest.skip("the kernel has no SO_PASSPIDFD")
+
+        def take(ready):
+            before = descriptors()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before + 1, before + 1))
+            sockets.send_fds(left, b"x", files[:1])
+            data, fds = sockets.recv_fds(right, 1, 1)
+            assert (data, len(fds)) == (b"x", 1)
+            os.close(fds[0])
+            assert descriptors() == before
+
+        assert forked(take).wait() == 0
+
+
 @pytest.mark.parametrize("times", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_253_descriptors_again_and_again_to_one_that_expects_one(local, files, forked, times):
     left, right = local
