@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ipckit import limits, registry
+from ipckit import limits, procfs, registry
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.registry import Record
@@ -118,7 +118,7 @@ class _Found:
 def _rows(kind: str, ident: str | None = None) -> Iterator[dict[str, int]]:
     """Those of this ipc namespace, also who may not be read; only the one called *ident* if given."""
     with suppress(FileNotFoundError):  # a kernel without System V
-        head, *lines = Path("/proc/sysvipc", _TABLES[kind]).read_text().splitlines()
+        head, *lines = Path(procfs.path("sysvipc"), _TABLES[kind]).read_text().splitlines()
         for words in map(str.split, lines):
             if ident in (None, words[1]):
                 row = zip(head.split(), words, strict=True)
@@ -250,8 +250,9 @@ _MAPPING = re.compile(r"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/SYSV)?", r
 
 
 def _open_files(pid: str) -> Iterator[tuple[int, int]]:
-    for name in os.listdir(f"/proc/{pid}/fd"):
-        path = f"/proc/{pid}/fd/{name}"
+    folder = procfs.path(f"{pid}/fd")
+    for name in os.listdir(folder):
+        path = f"{folder}/{name}"
         with suppress(FileNotFoundError):
             if os.readlink(path).startswith("/"):  # sockets, pipes and the like are quick to tell
                 with suppress(OSError):  # of a file system that refuses even root, so none of ours
@@ -261,7 +262,7 @@ def _open_files(pid: str) -> Iterator[tuple[int, int]]:
 
 def _mapped(pid: str) -> Iterator[tuple[int, int] | str]:
     """Device and inode of what is mapped; of System V segments the id, which stands for the inode."""
-    lines = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+    lines = Path(procfs.path(f"{pid}/maps")).read_text(errors="replace")
     for major, minor, inode, segment in _MAPPING.findall(lines):
         yield inode if segment else (os.makedev(int(major, 16), int(minor, 16)), int(inode))
 
@@ -270,7 +271,7 @@ def _holders() -> tuple[dict[tuple[int, int] | str, set[int]], bool]:
     """Who has what open or mapped, and whether every process could be looked at."""
     held: dict[tuple[int, int] | str, set[int]] = defaultdict(set)
     whole = os.geteuid() == 0  # /proc may hide processes from others altogether
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
+    for pid in filter(str.isdecimal, os.listdir(procfs.path(""))):
         try:
             for what in (*_open_files(pid), *_mapped(pid)):
                 held[what].add(int(pid))
@@ -430,7 +431,7 @@ def _lock_holders() -> str:
     pids: set[int] = set()
     with suppress(FileNotFoundError):  # it went meanwhile
         inode = os.stat(f"{_MEMORY}/ipckit-{os.geteuid()}/lock").st_ino
-        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        lines = [line.split() for line in Path(procfs.path("locks")).read_text().splitlines()]
         pids = {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5].endswith(f":{inode}")}
     return _people(pids) if pids else "a process that can't be seen"
 

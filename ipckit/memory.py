@@ -22,7 +22,7 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ipckit import registry
+from ipckit import procfs, registry
 from ipckit.errors import Closed, check
 from ipckit.unpatched import os
 
@@ -210,9 +210,9 @@ class Mapping(Views):
         write(2), a writable mapping and mprotect(2) are refused to who gets it (EBADF, EACCES). A process
         of the same user, or root, could still open the memory anew through /proc; another user can't.
 
-        Raises: OSError as open(2), ENOENT without /proc; Closed. Linux only.
+        Raises: OSError as open(2), ENOSYS without /proc; Closed. Linux only.
         """
-        return os.open(f"/proc/self/fd/{self.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(procfs.path(f"self/fd/{self.fileno()}"), os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self, *, defer: bool = False) -> None:
         """As Views.close(); the descriptor is closed now in any case."""
@@ -262,11 +262,18 @@ def _refuse_the_impossible(size: int, what: str) -> None:
     """Memory without a limit of its own is allocated until the kernel kills somebody for it."""
     if size < _LARGE:
         return
-    with open("/proc/meminfo") as file:
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
-    available = (kib["MemAvailable"] + kib["SwapFree"]) * 1024
-    if size > available:
+    if size > (available := _available()):
         check(-errno.ENOMEM, f"{what}: {available} bytes of memory are available")
+
+
+def _available() -> int:
+    """Bytes of memory that can be had now; without /proc what the machine has."""
+    try:
+        with open(procfs.path("meminfo")) as file:
+            kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+    return (kib["MemAvailable"] + kib["SwapFree"]) * 1024
 
 
 # --- the memory itself ---------------------------------------------------------------------------
@@ -487,8 +494,9 @@ def _create(at: int, name: str, size: "int | None", what: str) -> int:
         raise ValueError(f"{what} can't be made without a size")
     fd = unnamed(at, size, what)
     try:
+        whole = procfs.path(f"self/fd/{fd}")
         with naming(what):
-            os.link(f"/proc/self/fd/{fd}", _file(name), dst_dir_fd=at)
+            os.link(whole, _file(name), dst_dir_fd=at)
     except BaseException:
         os.close(fd)
         raise
@@ -544,8 +552,9 @@ def look_at(at: int, file: str, what: str) -> "tuple[int, os.stat_result]":
 
 def open_seen(seen: int, flags: int, what: str) -> int:
     """Open the very file that look_at() saw."""
+    file = procfs.path(f"self/fd/{seen}")
     with naming(what):
-        return os.open(f"/proc/self/fd/{seen}", flags | os.O_CLOEXEC)
+        return os.open(file, flags | os.O_CLOEXEC)
 
 
 def unlink_file(at: int, file: str, birth: str, what: str) -> os.stat_result:

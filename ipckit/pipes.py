@@ -27,6 +27,7 @@ from termios import FIONREAD
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
+from ipckit import procfs
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
 from ipckit.unpatched import os, select, threading
@@ -73,7 +74,7 @@ class DuplexStats:
 def _identity() -> tuple[int, int]:
     """Who sends: the process, and its pid namespace (0 where there is no /proc to ask)."""
     try:
-        return os.getpid(), os.stat("/proc/self/ns/pid").st_ino & _NO_LIMIT
+        return os.getpid(), os.stat(procfs.path("self/ns/pid")).st_ino & _NO_LIMIT
     except OSError:
         return os.getpid(), 0
 

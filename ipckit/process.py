@@ -6,7 +6,7 @@ number later, waiting has a timeout, and select, poll, epoll and asyncio can wai
 own children are ever reaped, so those of ``subprocess`` and of other libraries keep their statuses.
 
 ``fork`` runs a Python function in the child, ``fork_native`` a C function that never enters Python
-there. Linux only: they need pidfds, prctl(2) and /proc.
+there. Linux only: they need pidfds and prctl(2).
 """
 
 import errno
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from ipckit import _hot, signals
+from ipckit import _hot, procfs, signals
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.unpatched import os, select, signal
@@ -323,13 +323,14 @@ def fork(
         die_with_parent: the kernel kills the child when the thread that called this ends.
         handlers: signal number to function, ``SIG_DFL`` or ``SIG_IGN``.
     Raises: BlockingIOError (EAGAIN) at the limit of processes; OSError EMFILE or ENFILE without a
-        descriptor for the pidfd, ENOMEM: no child is left, nothing is changed. TypeError and
-        ValueError for bad arguments. What a signal's handler raises meanwhile: no child is left.
+        descriptor for the pidfd, ENOMEM, ENOSYS for *keep* without /proc: no child is left, nothing is
+        changed. TypeError and ValueError for bad arguments. What a signal's handler raises meanwhile: no
+        child is left.
     Threads: only the calling one lives on in the child, so a lock that another one holds stays
         locked there. os.fork() warns of that from CPython 3.12 on, this function does not. Fork before
         starting threads, or use fork_native(). See fork(2).
     """
-    kept = None if keep is None else {*map(_number, keep), *_standard()}
+    kept = None if keep is None else _kept(keep)
     wanted = _checked(handlers or {})
     _flush()
     flags = lib.IK_PROCESS_DIE_WITH_PARENT if die_with_parent else 0
@@ -369,6 +370,11 @@ def _number(fd: Descriptor) -> int:
     if number < 0:
         raise ValueError(f"a descriptor to keep must be >= 0, not {number}")
     return number
+
+
+def _kept(keep: Iterable[Descriptor]) -> set[int]:
+    procfs.path("self/fd")  # which the child will need to know the others
+    return {*map(_number, keep), *_standard()}
 
 
 def _standard() -> Iterator[int]:
@@ -432,7 +438,7 @@ def _set_handlers(handlers: Mapping[int, Handler]) -> None:
 
 
 def _release_all_but(kept: set[int]) -> None:
-    numbers = {int(name) for name in os.listdir("/proc/self/fd")}
+    numbers = {int(name) for name in os.listdir(procfs.path("self/fd"))}
     # O_PATH: every use but close() fails, as if the number were free.
     nothing = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
     for number in numbers - kept - {nothing}:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from queue import Empty, Full
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
-from ipckit import registry, wait
+from ipckit import procfs, registry, wait
 from ipckit._hot import QueueEnds
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, check
@@ -732,7 +732,7 @@ def _participant(place: Any) -> Participant:
 
 def _holder(thread: int) -> "tuple[int, int] | None":
     """Process and thread, of a thread id."""
-    with suppress(OSError), open(f"/proc/{thread}/status") as file:
+    with suppress(OSError), open(procfs.path(f"{thread}/status")) as file:
         for line in file:
             if line.startswith("Tgid:"):
                 return int(line.split()[1]), thread
@@ -787,8 +787,9 @@ def _create(at: int, name: str, size: int, maxsize: int, what: str) -> "tuple[Ma
                 os.mkfifo(bell, 0o600, dir_fd=at)
         bells = _open_bells(at, inode, what)
         try:
+            whole = procfs.path(f"self/fd/{fd}")
             with naming(what):
-                os.link(f"/proc/self/fd/{fd}", _file(name), dst_dir_fd=at)
+                os.link(whole, _file(name), dst_dir_fd=at)
         except BaseException:
             _close(bells)
             raise

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
+from ipckit import procfs
 from ipckit.errors import check
 from ipckit.unpatched import os, threading, time
 from ipckit.wait import deadline, remaining
@@ -89,7 +90,7 @@ class Process(NamedTuple):
 
         A stopped process lives. One that ended and was not reaped yet is dead: it uses nothing.
         """
-        if self.namespace != _namespace("pid") or not _proc_is_ours():
+        if not _proc_is_ours() or self.namespace != _namespace("pid"):
             return "unknown"
         status = _status(self.pid)
         if status is None:  # gone, or /proc hides it (mount option hidepid)
@@ -104,7 +105,7 @@ class _Status(NamedTuple):
 
 def _status(pid: int) -> _Status | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(procfs.path(f"{pid}/stat")).read_text()
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # what precedes is the name, which may hold anything
@@ -132,29 +133,31 @@ def lives(pid: int) -> bool:
 
 
 def _namespace(kind: str) -> int:
-    return os.stat(f"/proc/self/ns/{kind}").st_ino
+    return os.stat(procfs.path(f"self/ns/{kind}")).st_ino
 
 
 def _proc_is_ours() -> bool:
-    """False where /proc was mounted for another pid namespace and shows other numbers."""
-    return os.readlink("/proc/self") == str(os.getpid())
+    """False where /proc was mounted for another pid namespace and shows other numbers, or not at all."""
+    with suppress(OSError):
+        return procfs.own_number() == os.getpid()
+    return False
 
 
 def myself() -> Process:
-    """The process that calls, also after fork."""
+    """The process that calls, also after fork. Raises: OSError ENOSYS without /proc."""
     return _myself_as(os.getpid())
 
 
 @functools.lru_cache(1)
 def _myself_as(pid: int) -> Process:
-    status = _status(int(os.readlink("/proc/self")))
+    status = _status(procfs.own_number())
     assert status is not None  # we live
     return Process(pid, status.start, _namespace("pid"))
 
 
 @functools.lru_cache(1)
 def _command(pid: int) -> str:
-    return Path("/proc/self/comm").read_text().strip()
+    return Path(procfs.path("self/comm")).read_text().strip()
 
 
 # --- the folder and its lock -----------------------------------------------------------------------
@@ -254,8 +257,10 @@ def _try_lock(fd: int, operation: int) -> bool:
 def entering() -> Iterator[None]:
     """Make or open an object, and record it, inside this: no cleaner comes in between.
 
-    Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what folder() raises.
+    Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what myself() and folder()
+        raise: before anything is made.
     """
+    myself()
     _tidy_at_exit()
     held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE))
     try:

@@ -196,7 +196,7 @@ def _current(signum: int) -> Action:
 
 def is_main_thread() -> bool:
     """Whether Python runs signal handlers in the thread that calls; a greenlet of it is it, too."""
-    return threading.get_native_id() == threading.main_thread().native_id
+    return threading.get_native_id() == os.getpid()
 
 
 def _only_in_main_thread(signum: int) -> None:

@@ -20,6 +20,7 @@ from socket import MSG_DONTROUTE, MSG_DONTWAIT, MSG_OOB, MSG_PEEK, MSG_TRUNC, MS
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
+from ipckit import procfs
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.unpatched import os, select, signal, time
@@ -599,7 +600,7 @@ def _set_mode(file: SocketFile, mode: int) -> None:
     fd = os.open(file.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if _birth(os.fstat(fd)) == file.birth:
-            os.chmod(f"/proc/self/fd/{fd}", mode)
+            os.chmod(procfs.path(f"self/fd/{fd}"), mode)
     finally:
         os.close(fd)
 

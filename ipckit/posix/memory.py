@@ -6,7 +6,7 @@ from typing import Any
 
 import posix_ipc
 
-from ipckit import registry
+from ipckit import procfs, registry
 from ipckit.errors import Closed, check
 from ipckit.memory import Mapping, allocate, fault_in
 from ipckit.posix.names import (
@@ -82,8 +82,9 @@ class SharedMemory(Mapping):
                 fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
                 os.fchmod(fd, mode)  # whatever the umask
             allocate(fd, size, f"{self._what} of {size} bytes")
+            whole = procfs.path(f"self/fd/{fd}")
             with told(self._what):  # with a folder's descriptor Python follows the link in /proc
-                os.link(f"/proc/self/fd/{fd}", self.name[1:], dst_dir_fd=folder)
+                os.link(whole, self.name[1:], dst_dir_fd=folder)
         except BaseException:
             if fd >= 0:
                 os.close(fd)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import posix_ipc
 
-from ipckit import limits, registry
+from ipckit import limits, procfs, registry
 from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
@@ -56,12 +56,15 @@ class QueueStat:
 
 
 def _limit(name: str) -> int:
-    return limits.value(f"fs.mqueue.{name}") or 0
+    found = limits.value(f"fs.mqueue.{name}")
+    if found is None:
+        procfs.path("sys/fs/mqueue")  # is there; so the kernel has no queues
+    return found or 0
 
 
 def _may_exceed_limits() -> bool:
     """Has this process the privilege that the kernel asks for? Root in a container hasn't."""
-    with open("/proc/self/status") as status:
+    with open(procfs.path("self/status")) as status:
         effective = next(line for line in status if line.startswith("CapEff"))
     return bool(int(effective.split()[1], 16) & _CAP_SYS_RESOURCE)
 

@@ -134,10 +134,10 @@ def _number(variable: str, given: "dict[str, str]") -> int:
 def _taken_over(fd: int) -> socket.socket:
     """Descriptor *fd* as a socket, or closed."""
     with ExitStack() as undo:
-        if not stat.S_ISSOCK(_fstat(fd).st_mode):
+        mode = _fstat(fd).st_mode
+        if not stat.S_ISSOCK(mode):
             undo.callback(os.close, fd)
-            what = os.readlink(f"/proc/self/fd/{fd}")
-            check(-errno.ENOTSOCK, f"descriptor {fd} of LISTEN_FDS: {what}")
+            check(-errno.ENOTSOCK, f"descriptor {fd} of LISTEN_FDS: {stat.filemode(mode)}")
         sock = undo.enter_context(socket.socket(fileno=fd))
         if sock.type != socket.SOCK_STREAM:
             check(-errno.EPROTOTYPE, f"descriptor {fd} of LISTEN_FDS: {sock.type.name}, not a stream")
