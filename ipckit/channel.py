@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from ipckit import ring, sockets, wait
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, Corrupt, check
+from ipckit.errors import Closed, Corrupt, check, finalizer
 from ipckit.memory import SharedMemory
 from ipckit.ring import DEFAULT_CAPACITY, DEFAULT_MAX_MESSAGE, RECV, SEND, RingStats
 from ipckit.unpatched import os, select, socketpair, threading, time
@@ -232,8 +232,7 @@ class Channel(ring.Ends):
         """
         lib.ik_ring_shut(self._ring(SEND), SEND)
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = finalizer(close)
 
     # --- what ends
 
@@ -517,6 +516,7 @@ class Listener:
     """clients that were turned away: of a wrong user, silent, or babbling"""
 
     _sock: "socket.socket | None" = None
+    _pid = -1
 
     def __init__(
         self,
@@ -535,16 +535,23 @@ class Listener:
         self._limits = _limits(max_message, max_inbox)
         self._capacity = ring.memory_size(capacity) - lib.IK_RING_HEADER
         self._peer_uid, self._backlog = peer_uid, backlog
-        self._sock, self._file = _bound(self.path, mode, backlog)
         self._begin()
+        self._sock, self._file = _bound(self.path, mode, backlog)
+        try:
+            self._watch()
+        except BaseException:
+            self.close()
+            raise
 
     def _begin(self) -> None:
         """What each process has of its own."""
-        self._pid = os.getpid()
         self._turn = threading.Lock()
         self._silent: dict[int, tuple[socket.socket, float]] = {}  # and until when they may be
         self._poll = select.epoll()
+
+    def _watch(self) -> None:
         self._poll.register(self._listening(), select.EPOLLIN)
+        self._pid = os.getpid()
 
     def _listening(self) -> socket.socket:
         sock = self._sock
@@ -557,6 +564,7 @@ class Listener:
         if self._pid != os.getpid():
             self._forget()
             self._begin()
+            self._watch()
 
     def _forget(self) -> None:
         self._poll.close()
@@ -712,8 +720,7 @@ class Listener:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = finalizer(close)
 
     def __repr__(self) -> str:
         return f"<Listener at {self.path!r}{', closed' if self.closed else ''}>"

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipckit import procfs
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check
+from ipckit.errors import Closed, check, finalizer
 from ipckit.unpatched import os, time
 
 __all__ = ["Load", "LoadProgress", "LoadReport", "run_load"]
@@ -190,7 +190,6 @@ class Load:
         timeout: float = 10.0,
         i_own_this_host: bool = False,
     ) -> None:
-        self._native: Any = None
         counts = {"connections": connections, "size": size, "messages": messages, "idle": idle}
         _check_options(counts | {"duration": duration, "rate": rate, "warm_up": warm_up, "timeout": timeout})
         options = ffi.new("ik_load_options *")
@@ -222,6 +221,8 @@ class Load:
         options.host = name = ffi.new("char[]", host.encode())
         options.port = port
         return name
+
+    _native: Any = None
 
     def step(self, seconds: float = _SLICE) -> bool:
         """Go on for about so many seconds; whether it is over.
@@ -314,9 +315,7 @@ class Load:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_native", None) is not None:
-            self.close()
+    __del__ = finalizer(close)
 
     def __repr__(self) -> str:
         state = "closed" if self._native is None else self.progress().phase

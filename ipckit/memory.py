@@ -23,7 +23,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ipckit import procfs, registry
-from ipckit.errors import Closed, check
+from ipckit.errors import Closed, check, finalizer
 from ipckit.unpatched import os
 
 __all__ = [
@@ -221,8 +221,7 @@ class Mapping(Views):
         if fd >= 0:
             os.close(fd)
 
-    def __del__(self) -> None:
-        Mapping.close(self, defer=True)
+    __del__ = finalizer(lambda self: Mapping.close(self, defer=True))
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "readonly" if self.readonly else f"descriptor {self._fd}"
@@ -355,12 +354,12 @@ class SharedMemory(Mapping):
                 create,
                 exclusive,
             )
-            found = os.fstat(fd)
-            self._own(fd, found.st_size, what, readonly=readonly)
-            self.name, self._birth = name, registry.birth_of(found)
-            if created:
-                fault_in(self._open(), 0, self.size)
             try:
+                found = os.fstat(fd)
+                self._own(fd, found.st_size, what, readonly=readonly)
+                self.name, self._birth = name, registry.birth_of(found)
+                if created:
+                    fault_in(self._open(), 0, self.size)
                 self._record(created)
             except BaseException:
                 if created:

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check
+from ipckit.errors import Closed, check, finalizer
 from ipckit.process import Child, NativeMemory, fork_native
 from ipckit.unpatched import os, select, socketpair, threading, time
 from ipckit.vectored import Buffer
@@ -184,10 +184,11 @@ class Append:
     Dropping it, or ``close()``, gives it up: it is in the log once or not at all. Threads: one.
     """
 
+    _over = True  # until there is something to give up
+
     def __init__(self, log: "LogWriter", line: Any) -> None:
         self._log = log
         self._done = False
-        self._over = True  # until there is something to give up
         self._line = ffi.from_buffer(line)
         self._native = ffi.new("ik_append *", {"data": self._line, "len": len(self._line)})
         self._over = False
@@ -227,7 +228,7 @@ class Append:
             lib.ik_log_abandon(self._log.native, self._native)
             ffi.release(self._line)
 
-    __del__ = close
+    __del__ = finalizer(close)
 
 
 class LogWriter:
@@ -237,11 +238,16 @@ class LogWriter:
     ``forkserver`` child of multiprocessing. Threads: any number.
     """
 
+    # What close() finds when __init__ failed before it got so far.
+    _own: "dict[str, int]" = {}  # noqa: RUF012
+    native: Any = None
+    """the C handle (``ik_log *``), for services written in C; valid while this object lives"""
+
     def __init__(self, path: str, format: str, durability: str, descriptors: "tuple[int, ...]") -> None:
         self.path = path
         self.format = format
         self.durability = durability
-        self._own: dict[str, int] = dict(zip(_PASSED, descriptors, strict=True))
+        self._own = dict(zip(_PASSED, descriptors, strict=True))
         self._attach()
 
     def _attach(self) -> None:
@@ -251,8 +257,7 @@ class LogWriter:
         # Mapped as long as this object lives, beyond close(): another thread may still be unlocking.
         self._shared = ffi.gc(mapped, lib.ik_log_unmap)
         self._memory = NativeMemory("ik_log")
-        self.native: Any = self._memory.argument
-        """the C handle (``ik_log *``), for services written in C; valid while this object lives"""
+        self.native = self._memory.argument
         for name in _IN_NATIVE:
             setattr(self.native, name, self._own.get(name, -1))
         self.native.format = _FORMATS[self.format]
@@ -335,7 +340,7 @@ class LogWriter:
         """Close descriptors; their numbers are gone from the C handle before they are free again."""
         for name in names:
             fd = self._own.pop(name, -1)
-            if name in _IN_NATIVE:
+            if name in _IN_NATIVE and self.native is not None:
                 setattr(self.native, name, -1)
             if fd >= 0:
                 os.close(fd)
@@ -350,9 +355,7 @@ class LogWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_own", None) and hasattr(self, "native"):
-            LogWriter.close(self)
+    __del__ = finalizer(close)  # the loggers go on, and end with the last who writes
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.durability

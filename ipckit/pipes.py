@@ -29,7 +29,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ipckit import procfs
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, Corrupt, PeerDied, check
+from ipckit.errors import Closed, Corrupt, PeerDied, check, finalizer
 from ipckit.unpatched import os, select, threading
 from ipckit.vectored import Buffer, Descriptor, fileno_of, non_negative
 from ipckit.wait import FOREVER, NOW, READ, WRITE, deadline, ready, remaining, until_ready
@@ -240,8 +240,7 @@ class _End(ABC):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = finalizer(lambda self: self.close())
 
 
 class Writer(_End):

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from ipckit import _hot, procfs, signals
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check
+from ipckit.errors import Closed, check, finalizer
 from ipckit.unpatched import os, select, signal
 from ipckit.vectored import Descriptor
 from ipckit.wait import READ, deadline, ready, remaining, until_ready
@@ -251,11 +251,12 @@ class Child:
         finally:
             self.close()
 
+    @finalizer
     def __del__(self) -> None:
-        if self._pidfd >= 0:
+        if getattr(self, "_pidfd", -1) >= 0:
             if self.status is None and self._parent == os.getpid():
                 what = f"child {self.pid} was never waited for"
-                warnings.warn(what, ResourceWarning, stacklevel=2, source=self)
+                warnings.warn(what, ResourceWarning, stacklevel=3, source=self)
             self.close()
 
     def __repr__(self) -> str:

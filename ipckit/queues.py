@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 from ipckit import procfs, registry, wait
 from ipckit._hot import QueueEnds
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, Corrupt, check
+from ipckit.errors import Closed, Corrupt, check, finalizer
 from ipckit.memory import (
     Mapping,
     SharedMemory,
@@ -514,6 +514,7 @@ class Queue(QueueEnds, Ends):
         if self._member is not None:
             self._member.leave()
 
+    @finalizer
     def __del__(self) -> None:
         if not self.closed:
             self._leave()

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from ipckit import procfs
-from ipckit.errors import check
+from ipckit.errors import check, finalizer
 from ipckit.unpatched import os, threading, time
 from ipckit.wait import deadline, remaining
 
@@ -104,10 +104,13 @@ class _Status(NamedTuple):
 
 
 def _status(pid: int) -> _Status | None:
-    try:
-        text = Path(procfs.path(f"{pid}/stat")).read_text()
-    except OSError:
-        return None
+    with suppress(OSError):
+        return _read_status(pid)
+    return None
+
+
+def _read_status(pid: int) -> _Status:
+    text = Path(procfs.path(f"{pid}/stat")).read_text()
     fields = text.rpartition(")")[2].split()  # what precedes is the name, which may hold anything
     state, threads, start = fields[0], int(fields[17]), int(fields[19])
     # A main thread that ended before the others is shown as a zombie, and the process lives.
@@ -144,15 +147,13 @@ def _proc_is_ours() -> bool:
 
 
 def myself() -> Process:
-    """The process that calls, also after fork. Raises: OSError ENOSYS without /proc."""
+    """The process that calls, also after fork. Raises: OSError ENOSYS without /proc, EMFILE, ENFILE."""
     return _myself_as(os.getpid())
 
 
 @functools.lru_cache(1)
 def _myself_as(pid: int) -> Process:
-    status = _status(procfs.own_number())
-    assert status is not None  # we live
-    return Process(pid, status.start, _namespace("pid"))
+    return Process(pid, _read_status(procfs.own_number()).start, _namespace("pid"))
 
 
 @functools.lru_cache(1)
@@ -257,10 +258,10 @@ def _try_lock(fd: int, operation: int) -> bool:
 def entering() -> Iterator[None]:
     """Make or open an object, and record it, inside this: no cleaner comes in between.
 
-    Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what myself() and folder()
-        raise: before anything is made.
+    Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what folder() raises; OSError
+        ENOSYS without /proc, before anything is made.
     """
-    myself()
+    procfs.own_number()
     _tidy_at_exit()
     held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE))
     try:
@@ -511,8 +512,10 @@ _guard = threading.RLock()  # taken after the lock, where both are
 class Membership:
     """One handle's part in the record of its object. Made by enter()."""
 
+    _entry: _Entry | None = None
+
     def __init__(self, entry: _Entry) -> None:
-        self._entry: _Entry | None = entry  # None once the object was removed
+        self._entry = entry  # None once the object was removed
         self._left = False
 
     def leave(self) -> None:
@@ -531,6 +534,7 @@ class Membership:
                 with suppress(FileNotFoundError, PermissionError):
                     entry.write(left=True)
 
+    @finalizer
     def __del__(self) -> None:
         # Dropped without close(): the record stays, but children don't get what is no longer there.
         with _guard:

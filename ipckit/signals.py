@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ipckit import wait
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check
+from ipckit.errors import Closed, check, finalizer
 from ipckit.unpatched import os, signal, threading
 
 __all__ = [
@@ -352,8 +352,9 @@ class SignalQueue:
     Threads: any number may receive; each signal goes to one. See signalfd(2).
     """
 
+    _fd = -1
+
     def __init__(self, signals: Iterable[int]) -> None:
-        self._fd = -1
         self._added = ffi.new("uint64_t *")
         self._thread = threading.get_ident()
         bits = _set(_catchable(signum, "SignalQueue") for signum in signals)
@@ -394,8 +395,7 @@ class SignalQueue:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = finalizer(close)
 
     def __repr__(self) -> str:
         names = ", ".join(map(_name, sorted(self.signals)))

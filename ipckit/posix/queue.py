@@ -15,7 +15,7 @@ import posix_ipc
 from ipckit import limits, procfs, registry
 from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check
+from ipckit.errors import Closed, check, finalizer
 from ipckit.posix.names import check_exclusive, check_mode, check_name, told
 from ipckit.unpatched import os, select
 from ipckit.vectored import Buffer, pin
@@ -432,8 +432,7 @@ class MessageQueue(PosixQueue):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        lib.ik_posix_queue_close(self._queue)
+    __del__ = finalizer(lambda self: lib.ik_posix_queue_close(self._queue))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}{', closed' if self.closed else ''}>"

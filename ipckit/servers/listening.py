@@ -8,9 +8,10 @@ import errno
 import logging
 import socket
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
+from ipckit import procfs
 from ipckit.errors import check
 from ipckit.sockets import SocketFile, bind_unix
 from ipckit.unpatched import os, time
@@ -137,7 +138,10 @@ def _taken_over(fd: int) -> socket.socket:
         mode = _fstat(fd).st_mode
         if not stat.S_ISSOCK(mode):
             undo.callback(os.close, fd)
-            check(-errno.ENOTSOCK, f"descriptor {fd} of LISTEN_FDS: {stat.filemode(mode)}")
+            what = stat.filemode(mode)
+            with suppress(OSError):
+                what = os.readlink(procfs.path(f"self/fd/{fd}"))
+            check(-errno.ENOTSOCK, f"descriptor {fd} of LISTEN_FDS: {what}")
         sock = undo.enter_context(socket.socket(fileno=fd))
         if sock.type != socket.SOCK_STREAM:
             check(-errno.EPROTOTYPE, f"descriptor {fd} of LISTEN_FDS: {sock.type.name}, not a stream")

@@ -1,0 +1,193 @@
+"""Objects that fail while they are made, at each descriptor that is missing, and objects that live at the exit."""
+
+import errno
+import gc
+import importlib
+import inspect
+import os
+import pkgutil
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, open_descriptors, tidy_registries
+
+import ipckit
+from ipckit import posix, sockets, sysv
+from ipckit.errors import finalizer
+from ipckit.load import Load
+from ipckit.messagelog import MessageLog
+from ipckit.servers import MODELS, server
+from ipckit.servers.listening import listen, listen_unix
+from ipckit.servers.server import Server
+from ipckit.servers.service import Service
+
+
+class Talk(Service):
+    def received(self, piece):
+        return piece
+
+
+def served(model, service):
+    with listen() as listener:
+        return server(model, listener, service=service)
+
+
+def watched():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return sockets.UrgentWatcher(listener)
+
+
+NAME = f"half-{os.getpid()}"
+MAKERS = {
+    "pipe": ipckit.pipe,
+    "duplex": ipckit.duplex,
+    "channel": ipckit.channel,
+    "Listener": lambda: ipckit.Listener("listener.sock"),
+    "Ring": lambda: ipckit.Ring(1 << 14),
+    "Queue": ipckit.Queue,
+    "JoinableQueue": ipckit.JoinableQueue,
+    "named Queue": lambda: ipckit.Queue.open(NAME),
+    "SharedMemory": lambda: ipckit.SharedMemory(4096),
+    "named SharedMemory": lambda: ipckit.SharedMemory(4096, name=NAME, create=True),
+    "Lock": ipckit.Lock,
+    "RLock": ipckit.RLock,
+    "Semaphore": ipckit.Semaphore,
+    "BoundedSemaphore": ipckit.BoundedSemaphore,
+    "Event": ipckit.Event,
+    "Condition": ipckit.Condition,
+    "Barrier": lambda: ipckit.Barrier(2),
+    "MessageLog": lambda: MessageLog("a.log"),
+    "synced MessageLog": lambda: MessageLog("b.log", durability="synced", format="record"),
+    "SignalQueue": lambda: ipckit.SignalQueue([signal.SIGUSR1]),
+    "Child": lambda: ipckit.fork(lambda: 0),
+    "Reaper": ipckit.Reaper,
+    "UrgentWatcher": watched,
+    "Load": lambda: Load(("127.0.0.1", 1), connections=2, messages=1),
+    "sysv.MessageQueue": lambda: sysv.MessageQueue(create=True),
+    "sysv.SharedMemory": lambda: sysv.SharedMemory(size=4096, create=True),
+    "sysv.Semaphore": lambda: sysv.Semaphore(create=True),
+    "posix.MessageQueue": lambda: posix.MessageQueue(f"/{NAME}", create=True),
+    "posix.SharedMemory": lambda: posix.SharedMemory(f"/{NAME}", 4096, create=True),
+    "posix.Semaphore": lambda: posix.Semaphore(f"/{NAME}", create=True),
+    "listen_unix": lambda: listen_unix("unix.sock"),
+    **{f"server {model}": (lambda model=model: served(model, Talk)) for model in MODELS},
+}
+
+
+def left():
+    tidy_registries()
+    return open_descriptors(), sorted(os.listdir(".")), sorted(os.listdir("/dev/shm"))
+
+
+def closed(made):
+    """With its name or id, too."""
+    for thing in made if isinstance(made, tuple) else (made,):
+        if isinstance(thing, Server):
+            close_unserved(thing)
+        if isinstance(thing, ipckit.Child):
+            thing.wait()
+        if hasattr(thing, "remove"):
+            thing.remove()
+        elif getattr(thing, "name", None):
+            thing.unlink()
+        if hasattr(thing, "close"):
+            thing.close()
+
+
+def close_unserved(server):
+    server.loop.close()
+    for name in ("_reader", "_writer", "_reaper"):
+        if hasattr(server, name):
+            getattr(server, name).close()
+
+
+def made_or_refused(make):
+    """What it makes; None if a descriptor was missing."""
+    try:
+        return make()
+    except OSError as error:
+        assert error.errno == errno.EMFILE, error
+    return None
+
+
+@pytest.mark.parametrize("what", MAKERS)
+def test_whichever_descriptor_is_missing_nothing_is_left_or_said(what, forked, tmp_path):
+    def target(ready):
+        os.chdir(tmp_path)
+        complaints = []
+        sys.unraisablehook = lambda told: complaints.append(f"{told.object!r}: {told.exc_value!r}")
+        closed(MAKERS[what]())  # what is imported or opened once for all, and the files of logs
+        gc.collect()
+        highest = max(open_descriptors())
+        while os.open("/dev/null", os.O_RDONLY) < highest:  # so that none below it is free
+            pass
+        before = left()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        made, missing = None, 0
+        while made is None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0]) + 1 + missing, limits[1]))
+            made = made_or_refused(MAKERS[what])
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            gc.collect()
+            assert complaints == [], missing
+            assert made is not None or left() == before, missing
+            missing += 1
+        closed(made)
+
+    assert forked(target).wait() == 0
+
+
+def classes():
+    modules = [ipckit] + [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(ipckit.__path__, "ipckit.")
+        if found.name != "ipckit.__main__"
+    ]
+    found = {item for module in modules for item in vars(module).values() if isinstance(item, type)}
+    return sorted((item for item in found if hasattr(item, "__del__")), key=lambda item: item.__qualname__)
+
+
+def test_an_object_that_was_never_begun_goes_silently(monkeypatch):
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    begun = 0
+    for kind in classes():
+        if not inspect.isabstract(kind):
+            kind.__new__(kind)
+            begun += 1
+    gc.collect()
+    assert complaints == []
+    assert begun > 15
+
+
+def test_what_lives_at_the_exit_goes_silently(tmp_path):
+    """In a module that is older than ipckit's, whose globals are None by then."""
+    code = """if True:
+    import os, sys
+    sys.path[:0] = sys.argv[1:]
+    import test_half_made
+    class Last:
+        def __del__(self, write=os.write):
+            write(1, b"the last")
+    os.held = [make() for make in test_half_made.MAKERS.values()] + [Last()]
+    """
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code, here], capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "the last")
+
+
+def test_what_fails_before_the_exit_is_told(monkeypatch):
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    kind = type("Kind", (), {"__del__": finalizer(lambda self: 1 / 0)})
+    kind()
+    gc.collect()
+    assert [told.exc_type for told in complaints] == [ZeroDivisionError]
+    complaints.clear()
