@@ -536,11 +536,12 @@ class Listener:
         self._capacity = ring.memory_size(capacity) - lib.IK_RING_HEADER
         self._peer_uid, self._backlog = peer_uid, backlog
         self._begin()
-        self._sock, self._file = _bound(self.path, mode, backlog)
         try:
+            self._sock, self._file = _bound(self.path, mode, backlog)
             self._watch()
         except BaseException:
             self.close()
+            self._forget()
             raise
 
     def _begin(self) -> None:
@@ -791,7 +792,7 @@ def _reach(sock: socket.socket, path: str, end: int, what: str) -> None:
             return sock.connect(path)
         except BlockingIOError:  # the backlog is full, which can't be waited for
             if wait.remaining(end) == 0:
-                check(-errno.ETIMEDOUT, what)
+                check(-errno.ETIMEDOUT, f"{what}: nobody accepts, and no more may wait for that")
             time.sleep(0.002)
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
@@ -803,10 +804,12 @@ def _shake_hands(sock: socket.socket, max_message: int, end: int, what: str) -> 
         data, fds = sockets.recv_fds(sock, _LONGEST, _FDS, timeout=wait.remaining(end))
     except (BrokenPipeError, ConnectionResetError):
         data, fds = b"", []
+    except TimeoutError:
+        check(-errno.ETIMEDOUT, f"{what}: nobody accepted")
     except OSError as error:
         if error.errno == errno.EMSGSIZE:
             raise Corrupt(f"{what}: more came than a handshake") from None
-        raise
+        raise OSError(error.errno, os.strerror(error.errno or 0), what) from None
     if not data:
         _close_all(fds)
         check(-errno.ECONNREFUSED, f"{what}: the listener turned us away")

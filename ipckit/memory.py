@@ -325,7 +325,7 @@ class SharedMemory(Mapping):
             self._make(size)
         else:
             check_name(name)
-            with registry.entering():
+            with registry.entering(f"memory segment {name!r}"):
                 self._enter(name, size, create, exclusive, readonly)
 
     def _make(self, size: "int | None") -> None:
@@ -410,7 +410,7 @@ class SharedMemory(Mapping):
         """
         if self.name is None:
             raise ValueError(f"{self._what} has no name to unlink")
-        with registry.entering():
+        with registry.entering(self._what):
             at = registry.folder()
             try:
                 unlink_file(at, _file(self.name), self._birth, self._what)
@@ -446,7 +446,7 @@ def _inherited(duplicate: Any, size: int, readonly: bool, name: "str | None") ->
     memory = SharedMemory.from_fd(fd, size=size, readonly=readonly, unsealed=name is not None)
     if name is not None:
         memory.name, memory._what = name, f"memory segment {name!r}"
-        with registry.entering():
+        with registry.entering(memory._what):
             found = os.fstat(fd)
             memory._birth = registry.birth_of(found)
             if found.st_nlink:  # else it was unlinked meanwhile

@@ -600,7 +600,7 @@ class Queue(QueueEnds, Ends):
         self = cls.__new__(cls)
         self._what = f"queue {name!r}"
         size = _TABLE + memory_size(capacity)
-        with registry.entering(), _folder() as at:
+        with registry.entering(self._what), _folder() as at:
             (memory, bells), created = registry.make_or_open(
                 lambda: _create(at, name, size, maxsize, self._what),
                 lambda: _find(at, name, self._what),
@@ -639,7 +639,7 @@ class Queue(QueueEnds, Ends):
         """
         if self.name is None:
             raise ValueError(f"{self._what} has no name to unlink")
-        with registry.entering(), _folder() as at:
+        with registry.entering(self._what), _folder() as at:
             found = unlink_file(at, _file(self.name), self._birth, self._what)
             _remove_bells(at, found.st_ino)
             if self._member is not None:

@@ -225,8 +225,8 @@ def _make_lock() -> None:
         os.chmod(path, 0o600)  # whatever the umask
 
 
-def _locked(operation: int, until: int) -> int:
-    """A descriptor that holds the lock; closing it gives it back.
+def _locked(operation: int, until: int, what: str = "") -> int:
+    """A descriptor that holds the lock; closing it gives it back. The error names *what* it was for.
 
     Only a cleaner holds it alone, for milliseconds: so trying again and again costs nobody much,
     and unlike a blocking flock it can end.
@@ -236,7 +236,7 @@ def _locked(operation: int, until: int) -> int:
         try:
             while not _try_lock(fd, operation):
                 if remaining(until) == 0:
-                    check(-errno.ETIMEDOUT, f"lock of {_path()}, which another process holds")
+                    check(-errno.ETIMEDOUT, f"{what}lock of {_path()}, which another process holds")
                 time.sleep(0.001)
             if os.fstat(fd).st_nlink:  # else it went with its folder while we waited
                 held, fd = fd, -1
@@ -255,15 +255,16 @@ def _try_lock(fd: int, operation: int) -> bool:
 
 
 @contextmanager
-def entering() -> Iterator[None]:
+def entering(what: str = "") -> Iterator[None]:
     """Make or open an object, and record it, inside this: no cleaner comes in between.
 
+    Args: what: the object, for the error.
     Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what folder() raises; OSError
         ENOSYS without /proc, before anything is made.
     """
     procfs.own_number()
     _tidy_at_exit()
-    held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE))
+    held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE), what and f"{what}: ")
     try:
         yield
     finally:

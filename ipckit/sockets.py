@@ -523,30 +523,30 @@ def _is_bound(sock: socket.socket, path: str) -> bool:
 def _replace(sock: socket.socket, path: str, until: int) -> None:
     # bind(2) is exclusive, replacing isn't: of two who found the same dead file the second would remove
     # the file that the first has just made.
-    with _locked(os.path.dirname(path) or ".", until):
+    with _locked(os.path.dirname(path) or ".", until, path):
         _make_way(path)
         if not _is_bound(sock, path):
             check(-errno.EADDRINUSE, path)
 
 
 @contextmanager
-def _locked(folder: str, until: int) -> Iterator[None]:
+def _locked(folder: str, until: int, path: str) -> Iterator[None]:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _lock(fd, folder, until)
+        _lock(fd, f"lock of {folder!r}, to bind {path!r}", until)
         yield
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked by another thread has a copy of the descriptor
         os.close(fd)
 
 
-def _lock(fd: int, folder: str, until: int) -> None:
+def _lock(fd: int, what: str, until: int) -> None:
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if remaining(until) == 0:
-                check(-errno.ETIMEDOUT, f"lock of {folder!r}")
+                check(-errno.ETIMEDOUT, what)
             time.sleep(0.002)
 
 

@@ -14,7 +14,8 @@ import pytest
 from conftest import PATIENCE, eventually
 from procfs import state
 
-from ipckit import registry
+import ipckit
+from ipckit import posix, registry, sysv
 
 KIND, IDENT = "posix-queue", "/jobs"
 
@@ -247,7 +248,8 @@ def test_a_later_process_of_the_same_number_is_another():
 def test_a_main_thread_that_ended_first_is_no_dead_process():
     script = """
 import ctypes, os, signal, threading
-from ipckit import registry
+import ipckit
+from ipckit import posix, registry, sysv
 with registry.entering():
     registry.enter("posix-queue", "/jobs", created=False)
 thread = threading.Thread(target=lambda: (os.write(1, b"."), os.read(0, 1), os._exit(0)))
@@ -328,7 +330,8 @@ def test_no_cleaner_comes_between_fork_and_the_record_of_the_child():
     script = """
 import os, signal
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGSTOP))
-from ipckit import registry
+import ipckit
+from ipckit import posix, registry, sysv
 with registry.entering():
     member = registry.enter("posix-queue", "/jobs", created=True)
 child = os.fork()
@@ -507,3 +510,30 @@ def test_records_of_other_users_can_be_read_but_not_dropped(forked):
         with contextlib.suppress(OSError):
             os.unlink("/dev/shm/ipckit-65534/lock")
             os.rmdir("/dev/shm/ipckit-65534")
+
+
+NAME = "locked-out"
+OPENING = {
+    f"memory segment '{NAME}'": lambda: ipckit.SharedMemory(100, name=NAME, create=True),
+    f"queue '{NAME}'": lambda: ipckit.Queue.open(NAME),
+    f"POSIX queue '/{NAME}'": lambda: posix.MessageQueue(f"/{NAME}", create=True),
+    f"POSIX memory '/{NAME}'": lambda: posix.SharedMemory(f"/{NAME}", 100, create=True),
+    f"POSIX semaphore '/{NAME}'": lambda: posix.Semaphore(f"/{NAME}", create=True),
+    "System V queue (key 0x00000011)": lambda: sysv.MessageQueue(0x11, create=True),
+    "System V segment (key 0x00000011)": lambda: sysv.SharedMemory(0x11, 100, create=True),
+    "System V semaphore (key 0x00000011)": lambda: sysv.Semaphore(0x11, create=True),
+    "System V queue 7": lambda: sysv.MessageQueue.from_id(7),
+    "System V segment 7": lambda: sysv.SharedMemory.from_id(7),
+    "System V semaphore 7": lambda: sysv.Semaphore.from_id(7),
+}
+
+
+@pytest.mark.parametrize("what", OPENING)
+def test_who_is_locked_out_is_told_of_what(what, monkeypatch):
+    monkeypatch.setattr(registry, "_PATIENCE", 0.01)
+    with registry.cleaning(), pytest.raises(TimeoutError) as caught:
+        OPENING[what]()
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert caught.value.filename == (
+        f"{what}: lock of /dev/shm/ipckit-{os.geteuid()}, which another process holds"
+    )

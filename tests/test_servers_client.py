@@ -1,3 +1,5 @@
+import contextlib
+import errno
 import os
 import pty
 import select
@@ -9,6 +11,8 @@ import sys
 import pytest
 from conftest import PATIENCE, eventually
 from serving import BENCH, Served
+
+from ipckit.servers import client
 
 CLIENT = [sys.executable, "-m", "ipckit", "client"]
 
@@ -192,3 +196,17 @@ def test_killing_the_keyboard_process_half_closes(server):
     client.stdout.close()
     for fd in (keyboard, held):
         os.close(fd)
+
+
+def test_a_server_that_takes_no_connection_is_named():
+    with socket.socket() as listener, contextlib.ExitStack() as held:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        host, port = listener.getsockname()
+        for _ in range(3):  # more than the backlog holds
+            waiting = held.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex((host, port))
+        with pytest.raises(TimeoutError, match=f"connect to {host}:{port}") as caught:
+            client.run(host, port, timeout=0.05)
+        assert caught.value.errno == errno.ETIMEDOUT

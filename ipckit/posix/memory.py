@@ -66,7 +66,7 @@ class SharedMemory(Mapping):
             raise ValueError(f"{self._what} can't be made readonly: nobody could fill it")
         if size < 0 or (create and size == 0):
             raise ValueError(f"size must be at least 1 byte, not {size}")
-        with registry.entering():
+        with registry.entering(self._what):
             fd, created = registry.make_or_open(
                 lambda: self._make(size, mode), lambda: self._find(size, readonly), create, exclusive
             )
@@ -137,7 +137,7 @@ class SharedMemory(Mapping):
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of later memory;
             PermissionError (EACCES) if it is another user's. See shm_unlink(3).
         """
-        with registry.entering():
+        with registry.entering(self._what):
             if registry.birth_of(look(self._path, self._owner, self._what)) != self._birth:
                 check(-errno.ENOENT, f"{self._what}, whose name is that of later memory now")
             with told(self._what):

@@ -174,7 +174,7 @@ class MessageQueue(PosixQueue):
         size = min(8192, _limit("msgsize_max")) if max_message is None else max_message
         self._queue = ffi.cast("ik_posix_queue *", self._address())
         self._memories = []
-        with registry.entering():
+        with registry.entering(self._what):
             self._enter(mode, count, size, create, exclusive)
         _queues.add(self)
 
@@ -401,7 +401,7 @@ class MessageQueue(PosixQueue):
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of a later queue; PermissionError
             (EACCES) if it is another user's. See mq_unlink(3).
         """
-        with registry.entering():
+        with registry.entering(self._what):
             now = self._find()
             try:
                 if registry.birth_of(os.fstat(now)) != self._birth:

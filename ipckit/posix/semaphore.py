@@ -67,7 +67,7 @@ class Semaphore:
         check_exclusive(create, exclusive)
         if not 0 <= value <= _LARGEST:
             raise ValueError(f"value must be from 0 to {_LARGEST}, not {value}")
-        with registry.entering():
+        with registry.entering(self._what):
             (handle, found), created = registry.make_or_open(
                 lambda: self._make(value, mode), self._find, create, exclusive
             )
@@ -141,7 +141,7 @@ class Semaphore:
         Raises: FileNotFoundError (ENOENT) if the name is gone, or is that of a later semaphore;
             PermissionError (EACCES) if it is another user's. See sem_unlink(3).
         """
-        with registry.entering():
+        with registry.entering(self._what):
             if registry.birth_of(look(self._path, self._owner, self._what)) != self._birth:
                 check(-errno.ENOENT, f"{self._what}, whose name is that of a later semaphore now")
             with told(self._what):

@@ -6,10 +6,12 @@ Neither waits for the other, so what is typed is sent at once and what comes is 
 """
 
 import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 
 from ipckit import sockets
+from ipckit.errors import check
 from ipckit.process import Child, fork
 from ipckit.unpatched import select, signal
 from ipckit.vectored import writev_all
@@ -24,10 +26,11 @@ def run(host: str, port: int, *, stdin: int = 0, stdout: int = 1, timeout: float
     """Connect, send what is read from *stdin*, print what comes to *stdout*, until the server closes.
 
     Args: stdin, stdout: descriptors. timeout: seconds for connecting.
-    Raises: OSError: no connection, connection reset; BrokenPipeError if *stdout* goes away.
+    Raises: OSError: no connection, TimeoutError (ETIMEDOUT), connection reset; BrokenPipeError if *stdout*
+        goes away.
     Fork: forks one child, which ends before run() returns.
     """
-    with socket.create_connection((host, port), timeout) as connection:
+    with _connected(host, port, timeout) as connection:
         connection.settimeout(None)
         with fork(
             _send_keyboard,
@@ -40,6 +43,14 @@ def run(host: str, port: int, *, stdin: int = 0, stdout: int = 1, timeout: float
                 _print_answers(connection, keyboard, stdout)
             finally:
                 keyboard.kill()  # it may be in the middle of a read from the keyboard
+
+
+def _connected(host: str, port: int, timeout: float | None) -> socket.socket:
+    try:
+        return socket.create_connection((host, port), timeout)
+    except TimeoutError:
+        check(-errno.ETIMEDOUT, f"connect to {host}:{port}")
+        raise
 
 
 def _send_keyboard(connection: socket.socket, stdin: int) -> None:

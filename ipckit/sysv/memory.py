@@ -227,7 +227,7 @@ class SharedMemory(Views):
         check_creation(create, exclusive, mode)
         if size < 0 or (create and size == 0):
             raise ValueError(f"size must be a number of bytes > 0, not {size}")
-        with registry.entering():
+        with registry.entering(f"System V segment ({shown(number)})"):
             ident, created = find_or_create(
                 lambda: lib.ik_sysv_memory_find(number),
                 (lambda: _make(number, size, mode, huge)) if create else None,
@@ -246,7 +246,7 @@ class SharedMemory(Views):
         Raises: FileNotFoundError (ENOENT) if there is none; PermissionError (EACCES).
         """
         self = cls.__new__(cls)
-        with registry.entering():
+        with registry.entering(f"System V segment {ident}"):
             self._take(ident, PRIVATE, 0, readonly, False)
         return self
 

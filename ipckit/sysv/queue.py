@@ -156,7 +156,7 @@ class MessageQueue(_hot.SysvQueue):
             raise ValueError("max_bytes is for a queue that is made here: it needs create=True")
         if max_bytes is not None:
             _check_max_bytes(max_bytes)
-        with registry.entering():
+        with registry.entering(f"System V queue ({shown(number)})"):
             ident, created = _get(number, makes, exclusive, mode)
             if ident < 0:
                 _refuse(ident, number)
@@ -175,7 +175,7 @@ class MessageQueue(_hot.SysvQueue):
         if not 0 <= ident <= _INT_MAX:
             raise ValueError(f"the id of a queue is a number from 0 to {_INT_MAX}, not {ident}")
         self = cls.__new__(cls)
-        with registry.entering():
+        with registry.entering(f"System V queue {ident}"):
             self._open(ident, PRIVATE)
             self._key = self._key_of_id()
             self._name = f"System V queue {ident} ({shown(self._key)})"

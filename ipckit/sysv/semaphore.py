@@ -107,7 +107,7 @@ class Semaphore:
         create = create or number == PRIVATE
         check_creation(create, exclusive, mode)
         _check_value(value)
-        with registry.entering():
+        with registry.entering(f"System V semaphore ({shown(number)})"):
             ident, created = find_or_create(
                 lambda: lib.ik_sysv_semaphore_find(number),
                 (lambda: lib.ik_sysv_semaphore_create(number, mode)) if create else None,
@@ -123,7 +123,7 @@ class Semaphore:
         Raises: FileNotFoundError (ENOENT) if there is none; PermissionError (EACCES).
         """
         self = cls.__new__(cls)
-        with registry.entering():
+        with registry.entering(f"System V semaphore {ident}"):
             self._take(ident, PRIVATE, None, undo, False)
         return self
 
