@@ -17,7 +17,7 @@ import pytest
 from conftest import PATIENCE, eventually
 from serving import Served, exchange, silent
 
-from ipckit.cli import commands, servers  # noqa: F401 - the latter adds to the former
+from ipckit.cli import commands, main, servers  # noqa: F401 - the latter adds to the former
 from ipckit.servers import MODELS, server_class
 
 # Set through other options, or for programs only.
@@ -43,6 +43,42 @@ def test_help_reads_well(command):
 
 def test_version():
     assert run("--version")[1].startswith("ipckit, version 0.")
+
+
+@pytest.mark.parametrize(
+    "command", ["--help", "--version", "ls", "doctor", "gc", "rm no-such:1", "client 127.0.0.1 1"]
+)
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_without_a_standard_stream(forked, command, closed):
+    """As some supervisors start it. The numbers are taken, so that nothing is written into what gets them."""
+
+    def target(ready):
+        for fd in closed:
+            os.close(fd)
+            setattr(sys, ("stdin", "stdout", "stderr")[fd], None)  # as the interpreter does at its start
+        sys.argv[:] = ["ipckit", *command.split()]
+        with pytest.raises(SystemExit) as ended:
+            main()
+        for fd in closed:
+            assert os.fstat(fd).st_rdev == os.stat(os.devnull).st_rdev
+            assert os.get_inheritable(fd)
+        assert ended.value.code in ((None, 0) if command[:2] not in ("rm", "cl") else (1,))
+
+    assert forked(target).wait() == 0
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&- 2>&-"])
+def test_a_server_without_a_standard_stream(tmp_path, closed):
+    command = f"exec {sys.executable} -m ipckit serve --unix s --log log {closed}"
+    with subprocess.Popen(["sh", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE) as server:
+        eventually((tmp_path / "s").is_socket)
+        with socket.socket(socket.AF_UNIX) as client:
+            eventually(lambda: client.connect_ex(str(tmp_path / "s")) == 0)
+            assert exchange(client, b"to the log only") == b"to the log only"
+        server.terminate()
+        assert server.wait(PATIENCE) == 0
+        assert b"Traceback" not in server.stderr.read()
+    assert (tmp_path / "log").read_bytes() == b"to the log only"
 
 
 def test_a_busy_port_is_one_line_and_status_1(tmp_path):
