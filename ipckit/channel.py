@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from ipckit import ring, sockets, wait
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, Corrupt, check, finalizer
+from ipckit.errors import Closed, Corrupt, check
+from ipckit.handles import Rooted, check_starting, finalizer
 from ipckit.memory import SharedMemory
 from ipckit.ring import DEFAULT_CAPACITY, DEFAULT_MAX_MESSAGE, RECV, SEND, RingStats
 from ipckit.unpatched import os, select, socketpair, threading, time
@@ -371,13 +372,8 @@ class Channel(ring.Ends):
         return ChannelStats(sent, received, self._inbox())
 
     def __reduce__(self) -> "tuple[Any, ...]":
-        from multiprocessing import context
-
         self._ring(SEND)
-        if context.get_spawning_popen() is None:
-            raise TypeError(
-                f"{self._what} can be pickled only for a process of multiprocessing that is being started"
-            )
+        check_starting(f"{type(self).__name__}: {self._what}")
         if self._inbox():
             raise ValueError(
                 f"{self._what}: {self._inbox()} received messages would stay behind in this process"
@@ -494,7 +490,7 @@ def _is_allowed(found: int, peer_uid: "int | None") -> bool:
 # --- listening -----------------------------------------------------------------------------------
 
 
-class Listener:
+class Listener(Rooted):
     """A socket file at which other processes connect() to channels of their own.
 
     A file that is left of a listener that is gone is replaced; anything else that has the name is left alone.

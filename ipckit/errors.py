@@ -13,13 +13,9 @@ class          is a          means
 =============  ============  ===============================================================
 """
 
-import sys
-from collections.abc import Callable
-from typing import Any
-
 from ipckit.unpatched import os
 
-__all__ = ["Closed", "Corrupt", "PeerDied", "check", "finalizer"]
+__all__ = ["Closed", "Corrupt", "PeerDied", "check"]
 
 
 class Closed(ValueError):
@@ -41,22 +37,3 @@ def check(rc: int, what: object = None) -> int:
     if what is None:
         raise OSError(-rc, os.strerror(-rc))
     raise OSError(-rc, os.strerror(-rc), what if isinstance(what, (str, bytes)) else str(what))
-
-
-def finalizer(close: Callable[[Any], object]) -> Callable[[Any], None]:
-    """A ``__del__`` that calls *close*, and is silent at the end of the interpreter.
-
-    By then the globals of a module may be None already, and the kernel closes what is open. What this needs
-    itself is bound here.
-    """
-    is_ending, errors = sys.is_finalizing, Exception
-
-    def __del__(self: Any) -> None:
-        try:
-            close(self)
-        except errors:
-            if not is_ending():
-                raise
-
-    __del__.__qualname__ = close.__qualname__  # by which the interpreter calls it, if it raises
-    return __del__

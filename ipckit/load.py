@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from ipckit import procfs
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check, finalizer
+from ipckit.errors import Closed, check
+from ipckit.handles import Rooted, finalizer
 from ipckit.unpatched import os, time
 
 __all__ = ["Load", "LoadProgress", "LoadReport", "run_load"]
@@ -151,7 +152,7 @@ def _check_options(options: "dict[str, Any]") -> None:
             raise ValueError(f"{name} must be {least:g} to {most.get(name, 1e9):g}, not {value!r}")
 
 
-class Load:
+class Load(Rooted):
     """A load that goes on in steps; ``run_load()`` is all of it in one call.
 
     Args: address: (host, port), or the path of a Unix socket. Only loopback addresses unless

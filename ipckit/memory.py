@@ -23,7 +23,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ipckit import procfs, registry
-from ipckit.errors import Closed, check, finalizer
+from ipckit.errors import Closed, check
+from ipckit.handles import check_starting, finalizer
 from ipckit.unpatched import os
 
 __all__ = [
@@ -228,7 +229,7 @@ class Mapping(Views):
         return f"<{type(self).__name__} {self._what}, {state}>"
 
     def __reduce__(self) -> "tuple[Any, ...]":
-        raise TypeError(f"{self._what} can't be pickled")
+        raise TypeError(f"{type(self).__name__}: {self._what} can't be pickled")
 
 
 # --- making memory -------------------------------------------------------------------------------
@@ -429,14 +430,13 @@ class SharedMemory(Mapping):
         from multiprocessing import context, reduction
 
         fd = self.fileno()
+        if self.name is None:
+            check_starting(
+                f"{type(self).__name__}: {self._what}",
+                "send fileno() with sockets.send_fds(), or give it a name",
+            )
         if context.get_spawning_popen() is not None:
             return _inherited, (reduction.DupFd(fd), self.size, self.readonly, self.name)
-        if self.name is None:
-            # multiprocessing would start a thread here, that hands out descriptors to who knows its key.
-            raise TypeError(
-                f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
-                "send fileno() with sockets.send_fds(), or give it a name"
-            )
         return _reopened, (self.name, self.readonly, self._birth)
 
 

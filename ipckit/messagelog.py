@@ -42,7 +42,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check, finalizer
+from ipckit.errors import Closed, check
+from ipckit.handles import Rooted, finalizer
 from ipckit.process import Child, NativeMemory, fork_native
 from ipckit.unpatched import os, select, socketpair, threading, time
 from ipckit.vectored import Buffer
@@ -173,7 +174,7 @@ def _pipe(capacity: int) -> tuple[int, int]:
     return reader, writer
 
 
-class Append:
+class Append(Rooted):
     """A message on its way into a log, for an event loop; from ``LogWriter.begin()``.
 
     Until ``done()``, wait for ``events`` (POLLIN or POLLOUT) on ``fileno()``, 100 ms at the most (the

@@ -29,7 +29,8 @@ from typing import Any, NoReturn, TypeVar
 
 from ipckit import procfs
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, Corrupt, PeerDied, check, finalizer
+from ipckit.errors import Closed, Corrupt, PeerDied, check
+from ipckit.handles import finalizer
 from ipckit.unpatched import os, select, threading
 from ipckit.vectored import Buffer, Descriptor, fileno_of, non_negative
 from ipckit.wait import FOREVER, NOW, READ, WRITE, deadline, ready, remaining, until_ready

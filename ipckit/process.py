@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 from ipckit import _hot, procfs, signals
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check, finalizer
+from ipckit.errors import Closed, check
+from ipckit.handles import Rooted, finalizer
 from ipckit.unpatched import os, select, signal
 from ipckit.vectored import Descriptor
 from ipckit.wait import READ, deadline, ready, remaining, until_ready
@@ -111,7 +112,7 @@ def _status(ended: os.waitid_result) -> ExitStatus:
 # --- a child ---------------------------------------------------------------------------------------
 
 
-class Child:
+class Child(Rooted):
     """A process that fork() or fork_native() started; ``pid`` is its number, ``status`` how it ended.
 
     ``fileno()`` (the pidfd, close-on-exec) becomes readable when the child ends. Leaving a with-block
@@ -500,7 +501,7 @@ def fork_native(
     return _child(lambda pidfd: lib.ik_process_fork_lean(*how, ranges, len(ranges), pidfd))
 
 
-class NativeMemory:
+class NativeMemory(Rooted):
     """Private memory for the argument of fork_native(): each child has its own copy of it.
 
     Args: kind: a cffi type; ``argument`` is a pointer to one, zeroed.
@@ -532,7 +533,7 @@ def die_with_parent(signum: int = signal.SIGKILL, parent: int | None = None) -> 
 # --- many children ---------------------------------------------------------------------------------
 
 
-class Reaper:
+class Reaper(Rooted):
     """Reaps children as they end: its own only, each exactly once, without asking all of them.
 
     ``fileno()`` (an epoll descriptor over the pidfds) is readable while a child that ended waits to

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 from ipckit import procfs, registry, wait
 from ipckit._hot import QueueEnds
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, Corrupt, check, finalizer
+from ipckit.errors import Closed, Corrupt, check
+from ipckit.handles import check_starting, finalizer
 from ipckit.memory import (
     Mapping,
     SharedMemory,
@@ -550,14 +551,7 @@ class Queue(QueueEnds, Ends):
             raise Closed(f"{self._what} is closed")
         if self.name is not None:
             return _reopened, (type(self), self.name, self._birth, self._codec, self.max_message)
-        from multiprocessing import context
-
-        # Anywhere else each descriptor would start a thread that hands it out.
-        if context.get_spawning_popen() is None:
-            raise TypeError(
-                f"{self._what} can be pickled only for a process of multiprocessing that is being started; "
-                "give it a name with Queue.open()"
-            )
+        check_starting(f"{type(self).__name__}: {self._what}", "give it a name with Queue.open()")
         bells = tuple(sendable(self._bell(side)) for side in (RECV, SEND))
         return _inherited, (type(self), self._memory, self._codec, self.max_message, *bells)
 

@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from ipckit import procfs
-from ipckit.errors import check, finalizer
+from ipckit.errors import check
+from ipckit.handles import Rooted, finalizer
 from ipckit.unpatched import os, threading, time
 from ipckit.wait import deadline, remaining
 
@@ -510,7 +511,7 @@ _entries: dict[tuple[str, str, str], _Entry] = {}
 _guard = threading.RLock()  # taken after the lock, where both are
 
 
-class Membership:
+class Membership(Rooted):
     """One handle's part in the record of its object. Made by enter()."""
 
     _entry: _Entry | None = None

@@ -27,6 +27,7 @@ from ipckit import wait
 from ipckit._hot import Ends as _Ends
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
+from ipckit.handles import check_starting
 from ipckit.memory import Mapping, SharedMemory
 from ipckit.unpatched import os, time
 
@@ -322,15 +323,11 @@ class Ring(Ends):
         return ring_stats(self._ring(SEND))
 
     def __reduce__(self) -> "tuple[Any, ...]":
-        from multiprocessing import context
-
         if self._memory is None:
-            raise TypeError(f"{self._what} can't be pickled: only a ring with its own memory can")
-        # Anywhere else each descriptor would start a thread that hands it out.
-        if context.get_spawning_popen() is None:
             raise TypeError(
-                f"{self._what} can be pickled only for a process of multiprocessing that is being started"
+                f"{type(self).__name__}: {self._what} can't be pickled: only a ring with its own memory can"
             )
+        check_starting(f"{type(self).__name__}: {self._what}")
         bells = tuple(sendable(self._bell(side)) for side in (RECV, SEND))
         return _inherited, (self._memory, self.max_message, bells)
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 from ipckit import wait
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check, finalizer
+from ipckit.errors import Closed, check
+from ipckit.handles import Rooted, finalizer
 from ipckit.unpatched import os, signal, threading
 
 __all__ = [
@@ -119,7 +120,7 @@ def _info(record: Any) -> SigInfo:
 # --- sigaction -----------------------------------------------------------------------------------
 
 
-class Action:
+class Action(Rooted):
     """What happens on a signal. sigaction() returns the former one; a with-statement restores it.
 
     handler: as given to sigaction(), or as ``signal.getsignal()`` has it (None: installed by foreign C).
@@ -339,7 +340,7 @@ def sigqueue(target: int | HasPidfd, signum: int, value: int = 0) -> None:
 # --- signalfd ------------------------------------------------------------------------------------
 
 
-class SignalQueue:
+class SignalQueue(Rooted):
     """Signals to be read like messages, from a signalfd: no handler, nothing is interrupted.
 
     The signals are blocked in the thread that makes the queue, until it is closed there. Every other

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 from ipckit import procfs
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
+from ipckit.handles import Rooted
 from ipckit.unpatched import os, select, signal, time
 from ipckit.vectored import Buffer, Descriptor, fileno_of, pin
 from ipckit.wait import NOW, deadline, remaining, until_ready
@@ -242,7 +243,7 @@ def get_oobinline(sock: Descriptor) -> bool:
     return bool(check(lib.ik_sockets_get_oobinline(number), f"get_oobinline on descriptor {number}"))
 
 
-class UrgentWatcher:
+class UrgentWatcher(Rooted):
     """Notice urgent data on a stream socket: wait for it, poll it, or be called in the middle of anything.
 
     Without *callback* it uses POLLPRI: wait(), or fileno() in select, poll, epoll and asyncio. It stays

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ipckit import _hot
 from ipckit._native import lib
 from ipckit.errors import Corrupt, check
+from ipckit.handles import check_starting
 from ipckit.memory import SharedMemory
 from ipckit.wait import deadline, remaining
 
@@ -88,6 +89,7 @@ class _Shared:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._memory is None:
             raise TypeError(f"{self!r} lies in a buffer: let the other process attach() to it")
+        check_starting(repr(self), "let others attach() to one in shared memory, made by create()")
         return _unpickled, (type(self), self._memory, self._options())
 
     def _options(self) -> dict[str, Any]:

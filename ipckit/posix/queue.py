@@ -15,7 +15,8 @@ import posix_ipc
 from ipckit import limits, procfs, registry
 from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
-from ipckit.errors import Closed, check, finalizer
+from ipckit.errors import Closed, check
+from ipckit.handles import finalizer
 from ipckit.posix.names import check_exclusive, check_mode, check_name, told
 from ipckit.unpatched import os, select
 from ipckit.vectored import Buffer, pin

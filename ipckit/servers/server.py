@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from ipckit._native import ffi, lib
+from ipckit.handles import Rooted
 from ipckit.messagelog import LogStats, MessageLog
 from ipckit.process import Reaper
 from ipckit.servers.connection import ENDS, Terms
@@ -86,7 +87,7 @@ class ServerStats:
     log: LogStats | None
 
 
-class Server:
+class Server(Rooted):
     """The base of all models: a subclass says in ``_arrived()`` what it does with a connection.
 
     Args: listeners: a listening stream socket, or several; made non-blocking, closed at the stop.

@@ -1,11 +1,14 @@
-"""Objects that fail while they are made, at each descriptor that is missing, and objects that live at the exit."""
+"""Every handle: at each descriptor that is missing while it is made, at the exit, and where it may go."""
 
+import copy
 import errno
 import gc
 import importlib
 import inspect
 import os
+import pickle
 import pkgutil
+import re
 import resource
 import signal
 import socket
@@ -18,7 +21,7 @@ from conftest import PATIENCE, open_descriptors, tidy_registries
 
 import ipckit
 from ipckit import posix, sockets, sysv
-from ipckit.errors import finalizer
+from ipckit.handles import finalizer
 from ipckit.load import Load
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, server
@@ -170,11 +173,11 @@ def test_what_lives_at_the_exit_goes_silently(tmp_path):
     code = """if True:
     import os, sys
     sys.path[:0] = sys.argv[1:]
-    import test_half_made
+    import test_handles
     class Last:
         def __del__(self, write=os.write):
             write(1, b"the last")
-    os.held = [make() for make in test_half_made.MAKERS.values()] + [Last()]
+    os.held = [make() for make in test_handles.MAKERS.values()] + [Last()]
     """
     here = str(Path(__file__).parent)
     done = subprocess.run(
@@ -191,3 +194,35 @@ def test_what_fails_before_the_exit_is_told(monkeypatch):
     gc.collect()
     assert [told.exc_type for told in complaints] == [ZeroDivisionError]
     complaints.clear()
+
+
+ELSEWHERE = {
+    "pipe", "duplex", "MessageLog", "synced MessageLog",  # by descriptors that multiprocessing hands out
+    "server asyncio",  # uvloop keeps a pipe for good
+}  # fmt: skip
+BY_NAME = {what for what in MAKERS if "." in what or "named" in what}
+
+
+@pytest.mark.parametrize("what", sorted(MAKERS.keys() - ELSEWHERE - BY_NAME))
+def test_what_can_not_be_pickled_or_copied_says_what_it_is_and_why(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = MAKERS[what]()
+    thing = made[0] if isinstance(made, tuple) else made
+    for way in (pickle.dumps, copy.copy):
+        with pytest.raises(TypeError) as caught:
+            way(thing)
+        assert type(thing).__name__ in str(caught.value)
+        if what != "listen_unix":  # whose text is the standard library's
+            why = "only for a process of multiprocessing that is being started|works in its process and those"
+            assert re.search(why, str(caught.value))
+    closed(made)
+    del made, thing, caught
+    gc.collect()
+
+
+def test_a_subclass_has_its_own_name():
+    class Mine(ipckit.RLock):
+        pass
+
+    with pytest.raises(TypeError, match=r"<Mine\(owner=None\)> can be pickled only for a process"):
+        pickle.dumps(Mine())
