@@ -389,7 +389,8 @@ def recv_fds(
     """Receive at most *size* bytes and the descriptors that came with them; block until there are some.
 
     A stream gives descriptors with the first read that takes a byte they were sent with, whichever call
-    that is: recv() of those bytes closes them.
+    that is: recv() of those bytes closes them. What options of the socket add (SO_PASSCRED, SO_PASSSEC,
+    SO_PASSPIDFD) is dropped, and the pidfd closed.
 
     Args: max_fds: 0 to MAX_FDS (253). timeout: seconds.
     Returns: the data, and new descriptors, close-on-exec and owned by the caller; ``(b"", [])`` at the

@@ -26,7 +26,7 @@ from ipckit.servers import MODELS, server
 from ipckit.servers.listening import listen, listen_unix
 from ipckit.servers.service import EchoService, Service
 
-PATIENCE = 20.0
+PATIENCE = 120.0
 
 
 def exchange(one, other):
