@@ -109,6 +109,20 @@ def close_unserved(server):
             getattr(server, name).close()
 
 
+OPENERS = {
+    "named Queue": lambda made: ipckit.Queue.open(made.name, create=False),
+    "named SharedMemory": lambda made: ipckit.SharedMemory(name=made.name),
+    "posix.MessageQueue": lambda made: posix.MessageQueue(made.name),
+    "posix.SharedMemory": lambda made: posix.SharedMemory(made.name),
+    "posix.Semaphore": lambda made: posix.Semaphore(made.name),
+    "sysv.MessageQueue": lambda made: sysv.MessageQueue.from_id(made.id),
+    "sysv.SharedMemory": lambda made: sysv.SharedMemory.from_id(made.id),
+    "sysv.Semaphore": lambda made: sysv.Semaphore.from_id(made.id),
+    "SharedMemory": lambda made: made.readonly_fd(),
+    "MessageLog": lambda made: made.reopen(),
+}
+
+
 def made_or_refused(make):
     """What it makes; None if a descriptor was missing."""
     try:
@@ -122,27 +136,45 @@ def made_or_refused(make):
 def test_whichever_descriptor_is_missing_nothing_is_left_or_said(what, forked, tmp_path):
     def target(ready):
         os.chdir(tmp_path)
-        complaints = []
-        sys.unraisablehook = lambda told: complaints.append(f"{told.object!r}: {told.exc_value!r}")
         closed(MAKERS[what]())  # what is imported or opened once for all, and the files of logs
-        gc.collect()
-        highest = max(open_descriptors())
-        while os.open("/dev/null", os.O_RDONLY) < highest:  # so that none below it is free
-            pass
-        before = left()
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        made, missing = None, 0
-        while made is None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0]) + 1 + missing, limits[1]))
-            made = made_or_refused(MAKERS[what])
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            gc.collect()
-            assert complaints == [], missing
-            assert made is not None or left() == before, missing
-            missing += 1
+        closed(with_ever_more_descriptors(MAKERS[what]))
+
+    assert forked(target).wait() == 0
+
+
+@pytest.mark.parametrize("what", OPENERS)
+def test_nor_is_it_when_something_is_opened(what, forked, tmp_path):
+    def target(ready):
+        os.chdir(tmp_path)
+        made = MAKERS[what]()
+        opened = with_ever_more_descriptors(lambda: OPENERS[what](made))
+        if hasattr(opened, "close"):
+            opened.close()
         closed(made)
 
     assert forked(target).wait() == 0
+
+
+def with_ever_more_descriptors(make):
+    """What is made at last; nothing was left, nor said, before."""
+    complaints = []
+    sys.unraisablehook = lambda told: complaints.append(f"{told.object!r}: {told.exc_value!r}")
+    gc.collect()
+    highest = max(open_descriptors())
+    while os.open("/dev/null", os.O_RDONLY) < highest:  # so that none below it is free
+        pass
+    before = left()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    made, missing = None, 0
+    while made is None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0]) + 1 + missing, limits[1]))
+        made = made_or_refused(make)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        gc.collect()
+        assert complaints == [], missing
+        assert made is not None or left() == before, missing
+        missing += 1
+    return made
 
 
 def classes():
