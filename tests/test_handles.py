@@ -94,12 +94,16 @@ def closed(made):
             close_unserved(thing)
         if isinstance(thing, ipckit.Child):
             thing.wait()
-        if hasattr(thing, "remove"):
-            thing.remove()
-        elif getattr(thing, "name", None):
-            thing.unlink()
+        forget_name(thing)
         if hasattr(thing, "close"):
             thing.close()
+
+
+def forget_name(thing):
+    if hasattr(thing, "remove"):
+        thing.remove()
+    elif getattr(thing, "name", None):
+        thing.unlink()
 
 
 def close_unserved(server):
@@ -210,6 +214,8 @@ def test_what_lives_at_the_exit_goes_silently(tmp_path):
         def __del__(self, write=os.write):
             write(1, b"the last")
     os.held = [make() for make in test_handles.MAKERS.values()] + [Last()]
+    for thing in os.held:
+        test_handles.forget_name(thing)
     """
     here = str(Path(__file__).parent)
     done = subprocess.run(
