@@ -16,7 +16,6 @@ The ring's promises hold (a message is received once, whole, in order, or not at
 Nothing has a name but the listener's socket file, and nothing outlives its holders.
 """
 
-import asyncio
 import errno
 import socket
 import struct
@@ -277,6 +276,8 @@ class Channel(ring.Ends):
             took = self._take_in()
             if took > 0 or (took == 0 and self._listen(RECV)):  # there may be more, or room by now
                 self._check_time(end, verb)
+                import asyncio  # here: it is large, and most programs never come here
+
                 return await asyncio.sleep(0)
             if took == 0:
                 bells.append(self._bell(RECV))

@@ -15,7 +15,6 @@ What is promised:
   *last* sender is gone; a channel and a queue do.
 """
 
-import asyncio
 import errno
 import io
 from collections.abc import AsyncIterator, Iterator
@@ -161,6 +160,8 @@ class Ends(_Ends):
                 if not self._listen(RECV):
                     await self._rung(bell, end, "arecv")
                 elif message is None:  # another process is just receiving what is there
+                    import asyncio  # here: it is large, and most programs never come here
+
                     await asyncio.sleep(pause)
                     pause = min(0.05, pause * 2 + 0.001)
                     self._check_time(end, "arecv")

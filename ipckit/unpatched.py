@@ -23,17 +23,19 @@ if TYPE_CHECKING:
     from _socket import socketpair
 else:
     import _signal
-    import importlib.util
+    import _thread
     import posix
-    import sys
     from _socket import socketpair
 
-    def _made_again(name: str) -> ModuleType:
-        """The module *name*, which is in C and was patched in place, once more."""
-        spec = sys.modules[name].__spec__
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+    def _original(module: ModuleType, probe: str) -> ModuleType:
+        """The module *module*, made once more if its function *probe* is no longer the one in C."""
+        if isinstance(getattr(module, probe), BuiltinFunctionType):
+            return module
+        import importlib.util
+
+        again = importlib.util.module_from_spec(module.__spec__)
+        module.__spec__.loader.exec_module(again)
+        return again
 
     def _seen(module: ModuleType, **originals: Any) -> ModuleType:
         """The module *module*, with *originals* for what it has under their names."""
@@ -47,13 +49,13 @@ else:
     def _signal_signal(signum: int, handler: Any) -> Any:
         return _handler(_signal.signal(signum, int(handler) if isinstance(handler, int) else handler))
 
-    _thread = _made_again("_thread")
-    time = _made_again("time")
-    select = _made_again("select")
+    _locks = _original(_thread, "allocate_lock")
+    time = _seen(_original(time, "sleep"))
+    select = _seen(_original(select, "select"))
     os = _seen(
         os, **{name: value for name, value in vars(posix).items() if name != "environ" and name[:2] != "__"}
     )
-    threading = _seen(threading, Lock=_thread.allocate_lock, RLock=_thread.RLock, get_ident=_thread.get_ident)
+    threading = _seen(threading, Lock=_locks.allocate_lock, RLock=_locks.RLock, get_ident=_locks.get_ident)
     signal = _seen(
         signal,
         signal=_signal_signal,
