@@ -1,5 +1,6 @@
 """What the kernel shows of processes and threads in /proc: whether one sleeps, and how often it woke up."""
 
+import signal
 from pathlib import Path
 
 
@@ -21,3 +22,16 @@ def wakeups(pid, tid=None):
     """How often it slept and woke up again. Being preempted by others does not count."""
     status = task(pid, tid).joinpath("status").read_text()
     return int(status.split("\nvoluntary_ctxt_switches:")[1].split()[0])
+
+
+def stopped_while(child, condition):
+    """Stop the forked child while *condition* holds, and still does afterwards. False if it ended before."""
+    while state(child.pid) != "Z":
+        if condition():
+            child.kill(signal.SIGSTOP)
+            while state(child.pid) not in "TZ":
+                pass
+            if state(child.pid) == "T" and condition():
+                return True
+            child.kill(signal.SIGCONT)
+    return False

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from conftest import ISOLATED, PATIENCE, eventually
 from making import NEW_NS, NEW_PID, mount, unshare
-from procfs import asleep, state
+from procfs import asleep, state, stopped_while
 
 import ipckit
 from ipckit import inventory, registry
@@ -922,24 +922,24 @@ def test_killed_inside_put_of_a_long_message(raw, forked):
 
 
 def test_killed_inside_get_of_a_long_message(raw, forked):
-    """The producer is stopped amid it, so the consumer waits amid it, too."""
-    data = random.Random(1).randbytes(100_000)
-    producer = forked(lambda ready: raw.put(data))
-    eventually(lambda: raw.stats().used > 2000 and asleep(producer.pid, within="futex"))
-    producer.kill(signal.SIGSTOP)
-    eventually(lambda: state(producer.pid) == "T")
-    consumer = forked(lambda ready: raw.get())
-    # Asleep with the lock: so it is amid the message, however much of that it has taken.
-    eventually(
-        lambda: asleep(consumer.pid, within="futex") and raw.stats().receiver == (consumer.pid, consumer.pid)
-    )
-    consumer.kill()
-    consumer.wait()
-    producer.kill(signal.SIGCONT)
-    assert raw.get(timeout=PATIENCE) == data
-    assert producer.wait() == 0
+    """It is stopped before, to be sure that it is amid the message; and it may be too fast for that."""
+    data = random.Random(1).randbytes(1_000_000)
+
+    def killed_amid():
+        consumer, producer = forked(lambda ready: raw.get()), forked(lambda ready: raw.put(data))
+        inside = consumer.pid, consumer.pid
+        amid = stopped_while(consumer, lambda: raw.stats().receiver == inside and raw.stats().used)
+        consumer.kill()
+        consumer.wait()
+        if amid:
+            assert raw.get(timeout=PATIENCE) == data
+            assert participant(raw, consumer.pid).doing == "get"
+        assert producer.wait() == 0
+        return amid
+
+    eventually(killed_amid)
     assert raw.qsize() == 0
-    assert participant(raw, consumer.pid).doing == "get"
+    assert raw.stats().recoveries == 1
 
 
 def test_qsize_is_exact_after_kills(raw, forked):
