@@ -130,10 +130,18 @@ def everything() -> dict[str, object]:
     }
 
 
+def stop_helpers() -> None:
+    """Those processes of multiprocessing that go on for its next use: from 3.14 on each use has them."""
+    for module, helper in (("forkserver", "_forkserver"), ("resource_tracker", "_resource_tracker")):
+        if loaded := sys.modules.get(f"multiprocessing.{module}"):
+            getattr(loaded, helper)._stop()
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     before = everything()
     yield
+    stop_helpers()
     after = everything()
     left = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
     for pid in after["children"] - before["children"]:  # type: ignore[operator]
