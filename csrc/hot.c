@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: MIT
  *
  * hot.c - ipckit._hot: the calls of which a Python function around them would be a quarter of the
- * time. This file has what its classes share, and the module; hot_<room>.c the classes of a room.
+ * time. This file has what its classes share, and the module; hot_<room>.c the classes of a room,
+ * hot_arguments.c what they make of their arguments.
  */
 #include "hot.h"
 
 PyObject *hot_leave_to(const char *name, PyObject *self, PyObject *const *args, Py_ssize_t count,
                        PyObject *names) {
+    if (PyErr_Occurred()) /* an argument was wrong */
+        return NULL;
     PyObject *result = NULL, *method = PyObject_GetAttrString(self, name);
     PyObject *positional = PyTuple_New(count), *keywords = PyDict_New();
     bool ready = method && positional && keywords;
@@ -20,12 +23,6 @@ PyObject *hot_leave_to(const char *name, PyObject *self, PyObject *const *args, 
     Py_XDECREF(positional);
     Py_XDECREF(keywords);
     return result;
-}
-
-int64_t hot_deadline(double seconds) {
-    if (seconds == 0)
-        return IK_NOW;
-    return seconds < 3e9 ? ik_wait_now() + (int64_t)(seconds * 1e9) : IK_FOREVER;
 }
 
 bool hot_add_class(PyObject *module, PyType_Spec *spec) {
@@ -50,7 +47,7 @@ static PyModuleDef_Slot slots[] = {
 };
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "ipckit._hot", .m_size = 0,
-                                        .m_slots = slots};
+                                        .m_methods = hot_arguments, .m_slots = slots};
 
 PyMODINIT_FUNC PyInit__hot(void) {
     return PyModuleDef_Init(&definition);

@@ -10,15 +10,39 @@
 
 #include "queues.h"
 
-/* Call the method of that name with the arguments of a vectorcall. */
+/* Call the method of that name with the arguments of a vectorcall; not with an exception set. */
 PyObject *hot_leave_to(const char *name, PyObject *self, PyObject *const *args, Py_ssize_t count,
                        PyObject *names);
 
 bool hot_add_class(PyObject *module, PyType_Spec *spec);
 
-/* The deadline after so many seconds, infinite or some decades: IK_FOREVER. The clock is read only
- * by who waits. */
+/* --- of hot_arguments.c: an argument of that name is what it should be, or false with an exception
+ * that tells the name and the value --------------------------------------------------------------
+ */
+
+/* What has __index__ and is no bool. TypeError; ValueError out of the range. */
+bool hot_integer(PyObject *value, const char *name, int64_t least, int64_t most,
+                 int64_t *ret_number);
+
+/* What has __float__ or __index__; None and all from a century on: infinite. TypeError; ValueError
+ * for nan and below 0. */
+bool hot_seconds(PyObject *value, const char *name, double *ret_seconds);
+
+/* The same where a class of multiprocessing is stood in for: below 0 is 0. */
+bool hot_seconds_left(PyObject *value, const char *name, double *ret_seconds);
+
+/* The deadline after so many seconds of these two; infinite: IK_FOREVER. The clock is read only by
+ * who waits. */
 int64_t hot_deadline(double seconds);
+
+/* Bytes as they lie in memory, to be given to PyBuffer_Release(). TypeError for what is no buffer,
+ * holds references to Python objects, or is read-only and should not be; BufferError for gaps. */
+bool hot_buffer(PyObject *object, const char *name, bool writable, Py_buffer *ret_view);
+
+extern PyMethodDef hot_arguments[];
+
+/* --- the classes -------------------------------------------------------------------------------
+ */
 
 /* Each adds the classes or functions of its room; false with an exception. */
 bool hot_add_kernel(PyObject *module);

@@ -27,25 +27,15 @@ typedef struct {
     double seconds; /* infinite: no timeout */
 } options;
 
-static bool read_seconds(PyObject *value, double *ret_seconds) {
-    if (value == Py_None)
-        return true;
-    if (!PyFloat_CheckExact(value) && !PyLong_CheckExact(value))
-        return false;
-    *ret_seconds = PyFloat_AsDouble(value);
-    PyErr_Clear(); /* a number beyond any double, which is then -1 */
-    return *ret_seconds >= 0;
-}
-
-/* The keywords are only timeout and the one of the number, with values that need no error message.
- */
+/* The keywords are only timeout and the one of the number, which is a plain one. If not, an
+ * exception may be set, and hot_leave_to() sees to the rest. */
 static bool are_plain(PyObject *const *values, PyObject *names, const char *number_name,
                       long number, options *ret_options) {
     *ret_options = (options){number, INFINITY};
     for (Py_ssize_t i = 0; names && i < PyTuple_Size(names); i++) {
         PyObject *name = PyTuple_GetItem(names, i);
         if (PyUnicode_CompareWithASCIIString(name, "timeout") == 0) {
-            if (!read_seconds(values[i], &ret_options->seconds))
+            if (!hot_seconds(values[i], "timeout", &ret_options->seconds))
                 return false;
         } else if (number_name && PyUnicode_CompareWithASCIIString(name, number_name) == 0 &&
                    PyLong_CheckExact(values[i])) {

@@ -15,23 +15,6 @@ enum { SEND = IK_RING_SEND, RECV = IK_RING_RECV };
 
 /* --- arguments ------------------------------------------------------------------------------- */
 
-/* What multiprocessing's queues take: below 0 is 0. */
-static bool read_timeout(PyObject *value, double *ret_seconds) {
-    *ret_seconds = INFINITY;
-    if (value == Py_None)
-        return true;
-    *ret_seconds = PyFloat_AsDouble(value);
-    if (PyErr_Occurred())
-        return false;
-    if (isnan(*ret_seconds)) {
-        PyErr_Format(PyExc_ValueError, "timeout must be None or a number of seconds, not %R",
-                     value);
-        return false;
-    }
-    *ret_seconds = *ret_seconds < 0 ? 0 : *ret_seconds;
-    return true;
-}
-
 /* block=True, timeout=None from the position on, or by name. Seconds to wait, infinite: for ever.
  */
 static bool read_blocking(const char *verb, PyObject *const *args, Py_ssize_t count,
@@ -54,7 +37,7 @@ static bool read_blocking(const char *verb, PyObject *const *args, Py_ssize_t co
                      position ? "obj, " : "");
         return false;
     }
-    if (!read_timeout(given[1], ret_seconds))
+    if (!hot_seconds_left(given[1], "timeout", ret_seconds))
         return false;
     int block = PyObject_IsTrue(given[0]);
     if (block == 0)
@@ -92,7 +75,7 @@ static PyObject *encoded(PyObject *self, PyObject *object) {
 static PyObject *put(PyObject *self, const char *verb, PyObject *object, double seconds) {
     Py_buffer data;
     PyObject *result = NULL, *message = encoded(self, object);
-    if (message && PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) == 0) {
+    if (message && hot_buffer(message, "obj", false, &data)) {
         uint64_t len = (uint64_t)data.len;
         if (hot_ring_begin(self, SEND, verb)) {
             int rc = hot_ring_send(self, data.buf, len, seconds);

@@ -57,23 +57,6 @@ static ends_object *ends_of(PyObject *self) {
 
 /* --- arguments ------------------------------------------------------------------------------- */
 
-static bool read_seconds(PyObject *value, double *ret_seconds) {
-    if (value == Py_None)
-        return true;
-    *ret_seconds = PyFloat_AsDouble(value);
-    if (PyErr_Occurred()) {
-        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
-            return false;
-        PyErr_Clear();
-        *ret_seconds = INFINITY;
-    }
-    if (*ret_seconds >= 0)
-        return true;
-    PyErr_Format(PyExc_ValueError, "timeout must be None or a number of seconds >= 0, not %R",
-                 value);
-    return false;
-}
-
 /* The one keyword of all verbs. Infinite: for ever. */
 static bool read_timeout(const char *verb, PyObject *const *values, PyObject *names,
                          double *ret_seconds) {
@@ -85,7 +68,7 @@ static bool read_timeout(const char *verb, PyObject *const *values, PyObject *na
             PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument %R", verb, name);
             return false;
         }
-        if (!read_seconds(values[i], ret_seconds))
+        if (!hot_seconds(values[i], "timeout", ret_seconds))
             return false;
     }
     return true;
@@ -347,7 +330,7 @@ static PyObject *ends_send(PyObject *self, PyObject *const *args, Py_ssize_t cou
         data.len = PyBytes_GET_SIZE(args[0]);
         rc = send_shown(ends, PyBytes_AS_STRING(args[0]), (uint64_t)data.len, seconds);
     } else {
-        if (PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE) < 0)
+        if (!hot_buffer(args[0], "data", false, &data))
             return NULL;
         rc = send_shown(ends, data.buf, (uint64_t)data.len, seconds);
         PyBuffer_Release(&data);
@@ -364,7 +347,7 @@ static bool can_be_sent(ends_object *ends, PyObject *messages) {
         if (len < 0) {
             Py_buffer data;
             PyErr_Clear();
-            if (PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0)
+            if (!hot_buffer(message, "messages", false, &data))
                 return false;
             len = data.len;
             PyBuffer_Release(&data);
@@ -392,7 +375,7 @@ static int stage_one(ik_ring *ring, PyObject *message) {
     Py_buffer data;
     if (PyBytes_Check(message))
         return stage_bytes(ring, PyBytes_AS_STRING(message), (uint64_t)PyBytes_GET_SIZE(message));
-    if (PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0)
+    if (!hot_buffer(message, "messages", false, &data))
         return -EINTR; /* with an exception */
     int rc = stage_bytes(ring, data.buf, (uint64_t)data.len);
     PyBuffer_Release(&data);
@@ -422,7 +405,7 @@ static Py_ssize_t send_row(ends_object *ends, PyObject *messages, Py_ssize_t fir
 /* One that must wait for its turn or its room, or is long. */
 static int send_slowly(ends_object *ends, PyObject *message, int64_t deadline_ns) {
     Py_buffer data;
-    if (PyObject_GetBuffer(message, &data, PyBUF_SIMPLE) < 0)
+    if (!hot_buffer(message, "messages", false, &data))
         return -EINTR;
     double left = deadline_ns == IK_FOREVER ? INFINITY
                   : deadline_ns == IK_NOW   ? 0
@@ -716,14 +699,8 @@ static PyObject *ends_recv_into(PyObject *self, PyObject *const *args, Py_ssize_
     Py_buffer room;
     if (!read_call(ends, RECV, "recv_into", args, count, 1, 1, names, &seconds))
         return NULL;
-    if (PyObject_GetBuffer(args[0], &room, PyBUF_WRITABLE) < 0) {
-        if (PyObject_CheckBuffer(args[0])) {
-            PyErr_Clear();
-            PyErr_Format(PyExc_TypeError, "recv_into: can't write into read-only %s",
-                         Py_TYPE(args[0])->tp_name);
-        }
+    if (!hot_buffer(args[0], "buffer", true, &room))
         return NULL;
-    }
     target into = {.buffer = room.buf ? room.buf : "", .size = (uint64_t)room.len};
     int64_t rc = receive(ends, &into, seconds);
     uint64_t limit =
@@ -808,18 +785,13 @@ static PyObject *ends_recv_many(PyObject *self, PyObject *const *args, Py_ssize_
                                 PyObject *names) {
     ends_object *ends = ends_of(self);
     double seconds;
-    Py_ssize_t most = AT_MOST;
+    int64_t most = AT_MOST;
     if (count == 0 && has_keyword(names, "max"))
         return hot_leave_to("_recv_many", self, args, count, names);
+    if (count == 1 && args[0] != Py_None && !hot_integer(args[0], "max", 1, INT64_MAX, &most))
+        return NULL;
     if (!read_call(ends, RECV, "recv_many", args, count, 0, 1, names, &seconds))
         return NULL;
-    if (count && args[0] != Py_None) {
-        most = PyNumber_AsSsize_t(args[0], NULL);
-        if (most == -1 && PyErr_Occurred())
-            return NULL;
-        if (most < 1)
-            return PyErr_Format(PyExc_ValueError, "max must be at least 1, not %R", args[0]);
-    }
     return receive_shown(ends, "recv_many", most, seconds, false);
 }
 
@@ -889,12 +861,11 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
     ends_object *ends = ends_of(self);
     ik_ring *ring = &ends->rings[SEND];
     double seconds;
+    int64_t len;
+    if (count == 1 && !hot_integer(args[0], "size", 0, INT64_MAX, &len))
+        return NULL;
     if (!read_call(ends, SEND, "reserve", args, count, 1, 1, names, &seconds))
         return NULL;
-    Py_ssize_t len = PyNumber_AsSsize_t(args[0], PyExc_OverflowError);
-    if (len < 0)
-        return PyErr_Occurred() ? NULL
-                                : PyErr_Format(PyExc_ValueError, "size must be >= 0, not %zd", len);
     if ((uint64_t)len > ring->largest || (uint64_t)len > ends->max_message)
         return fail(ends, -EMSGSIZE, "reserve", (uint64_t)len,
                     ring->largest < ends->max_message ? ring->largest : ends->max_message);
@@ -920,17 +891,12 @@ static PyObject *ends_reserve(PyObject *self, PyObject *const *args, Py_ssize_t 
 static PyObject *ends_commit(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     ends_object *ends = ends_of(self);
     ik_ring *ring = &ends->rings[SEND];
-    Py_ssize_t len = (Py_ssize_t)ends->loaned[SEND];
+    int64_t len = (int64_t)ends->loaned[SEND];
     if (count > 1)
         return PyErr_Format(PyExc_TypeError, "commit() takes one argument, not %zd", count);
-    if (count && args[0] != Py_None) {
-        len = PyNumber_AsSsize_t(args[0], PyExc_OverflowError);
-        if (len == -1 && PyErr_Occurred())
-            return NULL;
-        if (len < 0 || (uint64_t)len > ends->loaned[SEND])
-            return PyErr_Format(PyExc_ValueError, "commit: %zd of %llu reserved bytes", len,
-                                (unsigned long long)ends->loaned[SEND]);
-    }
+    if (ends->lender[SEND] == ik_wait_thread() && count && args[0] != Py_None &&
+        !hot_integer(args[0], "size", 0, len, &len))
+        return NULL;
     if (!take_back(ends, SEND, "commit"))
         return NULL;
     ik_ring_stage(ring, (uint64_t)len);
@@ -1020,7 +986,7 @@ static PyObject *ends_send_some(PyObject *self, PyObject *data) {
     ends_object *ends = ends_of(self);
     Py_buffer given;
     if (!read_call(ends, SEND, "asend", NULL, 0, 0, 0, NULL, &(double){0}) ||
-        PyObject_GetBuffer(data, &given, PyBUF_SIMPLE) < 0)
+        !hot_buffer(data, "data", false, &given))
         return NULL;
     uint64_t len = (uint64_t)given.len;
     int rc = len > ends->max_message ? -EMSGSIZE : -EINTR;

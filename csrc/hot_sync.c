@@ -7,7 +7,6 @@
  * the guard of the seats of conditions and barriers might wait, and drops it from the start.
  */
 #include <errno.h>
-#include <math.h>
 
 #include "hot.h"
 #include "sync.h"
@@ -93,14 +92,10 @@ static bool read_deadline(PyObject *timeout, int64_t *ret_deadline) {
     *ret_deadline = IK_FOREVER;
     if (timeout == Py_None)
         return true;
-    double seconds = PyFloat_AsDouble(timeout);
-    if (seconds == -1 && PyErr_Occurred())
+    double seconds;
+    if (!hot_seconds_left(timeout, "timeout", &seconds))
         return false;
-    if (isnan(seconds)) {
-        PyErr_Format(PyExc_ValueError, "timeout must be None or seconds, not %R", timeout);
-        return false;
-    }
-    *ret_deadline = hot_deadline(seconds < 0 ? 0 : seconds);
+    *ret_deadline = hot_deadline(seconds);
     return true;
 }
 
@@ -111,10 +106,12 @@ static bool read_acquire(PyObject *const *args, Py_ssize_t count, PyObject *name
     PyObject *values[] = {Py_True, Py_None};
     if (!read_arguments(args, count, names, expected, 2, values))
         return false;
+    if (!read_deadline(values[1], ret_deadline))
+        return false;
     int block = PyObject_IsTrue(values[0]);
     if (block == 0)
         *ret_deadline = IK_NOW;
-    return block < 0 ? false : block == 0 || read_deadline(values[1], ret_deadline);
+    return block >= 0;
 }
 
 /* (timeout=None) */
@@ -155,7 +152,7 @@ static PyObject *sync_open(PyObject *self, PyObject *args) {
         return NULL;
     if (object->view.obj)
         return PyLong_FromLong(-EALREADY);
-    if (PyObject_GetBuffer(buffer, &object->view, PyBUF_WRITABLE) < 0)
+    if (!hot_buffer(buffer, "buffer", true, &object->view))
         return NULL;
     object->kind = kind;
     int rc = open_at(object, offset, create, number, most);
@@ -538,8 +535,8 @@ static PyObject *condition_notify(PyObject *self, PyObject *const *args, Py_ssiz
     PyObject *n = NULL;
     if (!depth_of_lock(self) || !read_arguments(args, count, names, expected, 1, &n))
         return NULL;
-    int64_t most = n ? PyLong_AsLongLong(n) : 1;
-    return most == -1 && PyErr_Occurred() ? NULL : notify_up_to(self, most);
+    int64_t most = 1;
+    return n && !hot_integer(n, "n", INT64_MIN, INT64_MAX, &most) ? NULL : notify_up_to(self, most);
 }
 
 static PyObject *condition_notify_all(PyObject *self, PyObject *none) {

@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from ipckit import ring, sockets, wait
+from ipckit._arguments import INT_MAX, LONG_MAX, Descriptor, as_bytes, integer, user
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, check
 from ipckit.handles import Rooted, check_starting, finalizer
 from ipckit.memory import SharedMemory
 from ipckit.ring import DEFAULT_CAPACITY, DEFAULT_MAX_MESSAGE, RECV, SEND, RingStats
 from ipckit.unpatched import os, select, socketpair, threading, time
-from ipckit.vectored import Descriptor
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self
@@ -301,7 +301,7 @@ class Channel(ring.Ends):
             TimeoutError (ETIMEDOUT); BrokenPipeError (EPIPE) if the peer has closed; PeerDied; Closed.
         See SCM_RIGHTS in unix(7).
         """
-        block = b"." + bytes(memoryview(data))  # not nothing, which is the end
+        block = b"." + as_bytes(data)  # not nothing, which is the end
         if len(block) > _MAX_DATA + 1:
             self._fail(-errno.EMSGSIZE, "send_fds", len(block) - 1, _MAX_DATA)
         numbers = [*fds]
@@ -359,6 +359,11 @@ class Channel(ring.Ends):
         closed = stats.closed[RECV] and not self._died
         self._fail(rc if closed else -errno.ECONNRESET, verb, 0, 0)
 
+    def _limit_of(self, verb: str, limit: int) -> str:
+        if verb == "send_fds":
+            return "which go beside descriptors; send() takes more"
+        return super()._limit_of(verb, limit)
+
     # --- the rest
 
     @property
@@ -395,10 +400,7 @@ def _inherited(
 
 
 def _limits(max_message: int, max_inbox: int) -> "tuple[int, int]":
-    ring.check_limit(max_message)
-    if max_inbox < 0:
-        raise ValueError(f"max_inbox must be a number of bytes >= 0, not {max_inbox}")
-    return max_message, max_inbox
+    return ring.check_limit(max_message), integer(max_inbox, "max_inbox", 0, LONG_MAX)
 
 
 def _new_memory(capacity: int) -> SharedMemory:
@@ -526,15 +528,13 @@ class Listener(Rooted):
         max_inbox: int = DEFAULT_MAX_INBOX,
         backlog: int = 128,
     ) -> None:
-        if backlog < 1:
-            raise ValueError(f"backlog must be at least 1, not {backlog}")
         self.path = sockets.check_path(path)
         self._limits = _limits(max_message, max_inbox)
         self._capacity = ring.memory_size(capacity) - lib.IK_RING_HEADER
-        self._peer_uid, self._backlog = peer_uid, backlog
+        self._peer_uid, self._backlog = user(peer_uid, "peer_uid"), integer(backlog, "backlog", 1, INT_MAX)
         self._begin()
         try:
-            self._sock, self._file = _bound(self.path, mode, backlog)
+            self._sock, self._file = _bound(self.path, mode, self._backlog)
             self._watch()
         except BaseException:
             self.close()
@@ -758,6 +758,7 @@ def connect(
     See connect(2), unix(7).
     """
     limits, name, until = _limits(max_message, max_inbox), sockets.check_path(path), wait.deadline(timeout)
+    peer_uid = user(peer_uid, "peer_uid")
     what = f"connect to {name!r}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.setblocking(False)

@@ -19,10 +19,12 @@ import re
 import stat
 import sys
 import weakref
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ipckit import procfs, registry
+from ipckit._arguments import INT_MAX, LONG_MAX, integer
 from ipckit.errors import Closed, check
 from ipckit.handles import check_starting, finalizer
 from ipckit.unpatched import os
@@ -104,7 +106,7 @@ class Views:
         return memoryview(self._open())[self._start : self._start + self.size]
 
     def asarray(
-        self, dtype: "np.typing.DTypeLike", shape: "int | tuple[int, ...] | None" = None, offset: int = 0
+        self, dtype: "np.typing.DTypeLike", shape: "int | Iterable[int] | None" = None, offset: int = 0
     ) -> "np.ndarray[Any, Any]":
         """A numpy array over the memory, from byte *offset* on; nothing is copied.
 
@@ -119,13 +121,13 @@ class Views:
             import numpy as np
         except ImportError:
             raise ImportError("asarray() needs numpy: pip install numpy") from None
-        view, kind = self.buf, np.dtype(dtype)
+        view, kind, offset = self.buf, np.dtype(dtype), integer(offset, "offset", -LONG_MAX, LONG_MAX)
         wanted = f"{kind} {'to the end' if shape is None else shape} at {offset} of {self._what}"
         if kind.hasobject or kind.itemsize == 0:
             raise ValueError(f"{wanted}: only plain values of a fixed size can be shared")
         if offset < 0 or offset % kind.alignment:
             raise ValueError(f"{wanted}: the offset must be a multiple of {kind.alignment}")
-        dimensions = (shape,) if isinstance(shape, int) else shape
+        dimensions = None if shape is None else _dimensions(shape)
         try:
             count = -1 if dimensions is None else max(-1, math.prod(dimensions))
             flat = np.frombuffer(view, kind, count, offset)  # not ndarray(buffer=), which holds no view
@@ -174,6 +176,11 @@ class Views:
     def __exit__(self, *exc: object) -> None:
         # The block's own variables may be views; an error here would be one of every second program.
         self.close(defer=True)
+
+
+def _dimensions(shape: "int | Iterable[int]") -> "tuple[int, ...]":
+    numbers = shape if isinstance(shape, Iterable) else [shape]
+    return tuple(integer(each, "shape", -LONG_MAX, LONG_MAX) for each in numbers)
 
 
 class Mapping(Views):
@@ -238,11 +245,9 @@ class Mapping(Views):
 def allocate(fd: int, size: int, what: str) -> None:
     """Give the new memory object *fd* its size, and all its pages now; block while the kernel clears them.
 
-    Raises: ValueError for a size below 1; OSError ENOMEM for more than this machine has, ENOSPC for more
-        than its file system has, EFBIG beyond RLIMIT_FSIZE, each with the size. See posix_fallocate(3).
+    Raises: OSError ENOMEM for more than this machine has, ENOSPC for more than its file system has, EFBIG
+        beyond RLIMIT_FSIZE, each with the size. See posix_fallocate(3).
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1 byte, not {size}")
     _refuse_the_impossible(size, what)
     try:
         # In steps, between which signal handlers run: some kernels don't let a signal interrupt the call,
@@ -322,6 +327,7 @@ class SharedMemory(Mapping):
             raise ValueError("new memory can't be readonly: nobody could fill it; see readonly_fd()")
         if exclusive and not create:
             raise ValueError("exclusive is for memory to be made: it needs create=True")
+        size = None if size is None else integer(size, "size", 1)
         if name is None:
             self._make(size)
         else:
@@ -388,6 +394,7 @@ class SharedMemory(Mapping):
         Raises: ValueError if it is not memory sealed against shrinking and growing, can't be written, or has
             another size than *size* or none; OSError EBADF; as Mapping, EPERM for a seal against writing.
         """
+        fd = integer(fd, "fd", 0, INT_MAX)
         what = f"descriptor {fd}"
         with naming(what):
             found = os.fstat(fd)
@@ -617,7 +624,7 @@ def check_file(found: os.stat_result, what: str) -> None:
 def _has_size(found: os.stat_result, size: "int | None", what: str) -> None:
     if found.st_size == 0:
         raise ValueError(f"{what} is empty")
-    if size is not None and found.st_size != size:
+    if size is not None and found.st_size != integer(size, "size"):
         raise ValueError(f"{what} has {found.st_size} bytes, not {size}")
 
 

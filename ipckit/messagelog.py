@@ -41,12 +41,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
+from ipckit._arguments import INT_MAX, Buffer, check_buffer, integer, seconds
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.handles import Rooted, finalizer
 from ipckit.process import Child, NativeMemory, fork_native
 from ipckit.unpatched import os, select, socketpair, threading, time
-from ipckit.vectored import Buffer
 
 __all__ = ["Append", "LogStats", "LogWriter", "MessageLog", "Record", "records"]
 
@@ -63,7 +63,6 @@ _RUN_LOGGER = ffi.addressof(lib, "ik_log_run")
 _RESTARTS_PER_SECOND = 100
 # How long the supervisor waits for the pipe before it looks whether its logger lives.
 _LOOK_NS = 100_000_000
-_LONGEST_POLL = 1e9  # milliseconds; poll(2) takes an int
 
 
 @dataclass(frozen=True)
@@ -321,6 +320,8 @@ class LogWriter:
         return rc
 
     def _line(self, data: Buffer, peer: str, connection: int) -> Any:
+        check_buffer(data)
+        connection = integer(connection, "connection", 0, (1 << 64) - 1)
         if self.format == "raw":
             return data
         name = peer.encode("ascii", "backslashreplace").replace(b"\0", b"?")
@@ -411,6 +412,7 @@ class MessageLog(LogWriter):
         for option, value, known in (("format", format, _FORMATS), ("durability", durability, _DURABILITIES)):
             if value not in known:
                 raise ValueError(f"{option} must be one of {', '.join(known)}, not {value!r}")
+        capacity = integer(capacity, "capacity", 1, INT_MAX)
         self.path = os.fspath(path)
         self.format = format
         self.durability = durability
@@ -529,8 +531,7 @@ class MessageLog(LogWriter):
         Signals: call it from a loop, not from a handler, which may have interrupted an ``append()``
             in the middle of a message. See rename(2), logrotate(8).
         """
-        deadline_ns = wait.deadline(timeout)
-        until_ns = wait.deadline(None if timeout is None else timeout / 2)
+        deadline_ns, until_ns = wait.deadline(timeout), wait.deadline(seconds(timeout) / 2)
         self.logger  # noqa: B018 - raises unless open and the supervisor's
         with self._alone() as alone:
             if not alone:
@@ -566,8 +567,7 @@ class MessageLog(LogWriter):
         poller = select.poll()
         for fd in (self._own["tell"], self.logger.fileno()):
             poller.register(fd, select.POLLIN)
-        left = wait.remaining(deadline_ns)
-        return bool(poller.poll(None if left is None else min(left * 1e3, _LONGEST_POLL)))
+        return bool(wait.polled(poller, deadline_ns))
 
     def _taken(self) -> bool:
         """Withdraw the offer; if the logger has taken it, the next file is ours too, and the old one next."""
@@ -630,13 +630,14 @@ class MessageLog(LogWriter):
         Raises: TimeoutError (ETIMEDOUT) saying how many bytes were not written and why; OSError if
             the last fdatasync failed. The log is closed all the same.
         """
+        deadline_ns = wait.deadline(timeout)
         if self.closed or self._logger is None:
             super().close()
             return
         with self._alone():
             self._forget("writer")
         try:
-            self._drain(wait.deadline(timeout))
+            self._drain(deadline_ns)
         finally:
             self._logger.close()
             self._logger = None

@@ -15,12 +15,12 @@ sleeps, and only as long as that has lately paid.
 import errno
 import fcntl
 import functools
-import math
 import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 from termios import FIONREAD
@@ -28,12 +28,22 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from ipckit import procfs
+from ipckit._arguments import (
+    INT_MAX,
+    LONG_MAX,
+    Buffer,
+    Descriptor,
+    check_buffer,
+    fileno_of,
+    integer,
+    most_of,
+    pin,
+)
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
 from ipckit.handles import finalizer
 from ipckit.unpatched import os, select, threading
-from ipckit.vectored import Buffer, Descriptor, fileno_of, non_negative
-from ipckit.wait import FOREVER, NOW, READ, WRITE, deadline, ready, remaining, until_ready
+from ipckit.wait import FOREVER, NOW, READ, WRITE, deadline, polled, ready, remaining, until_ready
 
 __all__ = ["Duplex", "DuplexStats", "Reader", "Stats", "Writer", "duplex", "pipe", "splice", "tee"]
 
@@ -99,32 +109,21 @@ def _is_gone(pid: int, pidns: int) -> bool:
         os.close(pidfd)
 
 
-def _bytes_of(data: Buffer) -> bytes | memoryview:
-    """*data* if it is bytes, or a flat view; TypeError for what is no buffer or not contiguous."""
-    return data if type(data) is bytes else _view_of(data)
-
-
-def _view_of(data: Buffer) -> memoryview:
-    view = memoryview(data)
-    if not view.c_contiguous:
-        raise TypeError(f"{type(data).__name__} must be C-contiguous")
-    return view.cast("B") if view.nbytes else memoryview(bytearray())
-
-
-def _fits_a_chunk(block: bytes | memoryview) -> bool:
+def _fits_a_chunk(block: Any) -> bool:
     return len(block) <= _PAYLOAD
 
 
 def _check_limit(max_message: int) -> int:
-    if not 0 <= max_message <= _NO_LIMIT:
-        raise ValueError(f"max_message must be a number of bytes from 0 to {_NO_LIMIT}, not {max_message}")
-    return max_message
+    return integer(max_message, "max_message", 0, _NO_LIMIT)
 
 
 def _check_inbox(max_inbox: int) -> int:
-    if max_inbox < 0:
-        raise ValueError(f"max_inbox must be a number of bytes >= 0, not {max_inbox}")
-    return max_inbox
+    return integer(max_inbox, "max_inbox", 0, LONG_MAX)
+
+
+def _block_of(data: Any, name: str = "data") -> Any:
+    """*data* if it is bytes, else a cffi view, to be released. Raises: as check_buffer()."""
+    return data if type(data) is bytes else ffi.from_buffer(check_buffer(data, name))
 
 
 def _cost(message: bytes) -> int:
@@ -203,7 +202,7 @@ class _End(ABC):
 
     def _limit(self, max_message: int) -> None:
         self._max_message = _check_limit(max_message)
-        self._at_once = min(_PAYLOAD, max_message)  # what send() needn't look at twice
+        self._at_once = min(_PAYLOAD, self._max_message)  # what send() needn't look at twice
 
     @property
     def max_message(self) -> int:
@@ -256,6 +255,7 @@ class Writer(_End):
 
         Raises: OSError EBADF if it is no pipe; then it stays the caller's.
         """
+        fd = integer(fd, "fd", 0, INT_MAX)
         self._out = ffi.new("ik_pipes_writer *", {"fd": -1})
         self._owner = _identity()
         self._lanes: list[Any] = []  # those of the owner that are not in use
@@ -283,7 +283,10 @@ class Writer(_End):
             self._send(data, deadline_ns)
 
     def _send(self, data: Buffer, deadline_ns: int) -> None:
-        message = self._prepare(data)
+        self._send_block(_block_of(data), deadline_ns)
+
+    def _send_block(self, block: Any, deadline_ns: int) -> None:
+        message = self._prepare(block)
         try:
             rc = self._drive(lib.ik_pipes_send, message, deadline_ns)
         finally:
@@ -293,7 +296,7 @@ class Writer(_End):
     async def asend(self, data: Buffer, *, timeout: float | None = None) -> None:
         """As send(), for asyncio: only the calling task waits. A cancelled send was not sent."""
         deadline_ns = deadline(timeout)
-        message = self._prepare(data)
+        message = self._prepare(_block_of(data))
         try:
             while (rc := lib.ik_pipes_send(self._out, *message, NOW)) == -errno.ETIMEDOUT:
                 await self._aroom(deadline_ns)
@@ -308,7 +311,7 @@ class Writer(_End):
         Raises: as send(), if none was sent.
         """
         deadline_ns = deadline(timeout)
-        blocks = [_bytes_of(data) for data in messages]
+        blocks = [_block_of(data, "messages") for data in messages]
         self._check_size(max(map(len, blocks), default=0))
         done = 0
         while done < len(blocks):
@@ -320,13 +323,14 @@ class Writer(_End):
                 break
         return done
 
-    def _send_some(self, blocks: list[bytes | memoryview], first: int, deadline_ns: int) -> int:
+    def _send_some(self, blocks: list[Any], first: int, deadline_ns: int) -> int:
         """Send the large message at *first*, or the small ones from there on; how many, at least one."""
         run = [*takewhile(_fits_a_chunk, islice(blocks, first, None))]
         if not run:
-            self._send(blocks[first], deadline_ns)
+            self._send_block(blocks[first], deadline_ns)
             return 1
-        joined = ffi.from_buffer(b"".join(run))
+        plain = (block if type(block) is bytes else ffi.buffer(block) for block in run)
+        joined = ffi.from_buffer(b"".join(plain))
         lengths = ffi.new("uint32_t[]", [*map(len, run)])
         batch = ffi.new("ik_pipes_batch *", {"data": joined, "lengths": lengths, "count": len(run)})
         rc = self._drive(lib.ik_pipes_send_many, (batch,), deadline_ns)
@@ -343,12 +347,10 @@ class Writer(_End):
 
     # --- one message
 
-    def _prepare(self, data: Buffer) -> tuple[Any, int, Any]:
+    def _prepare(self, block: Any) -> tuple[Any, int, Any]:
         """The arguments of ik_pipes_send(); _dispose() of them."""
-        block = _bytes_of(data)
         self._check_size(len(block))
-        pointer = block if type(block) is bytes else ffi.from_buffer(block)
-        return pointer, len(block), self._lane(len(block)) if len(block) > _PAYLOAD else ffi.NULL
+        return block, len(block), self._lane(len(block)) if len(block) > _PAYLOAD else ffi.NULL
 
     def _dispose(self, message: tuple[Any, int, Any]) -> None:
         pointer, _, lane = message
@@ -393,7 +395,8 @@ class Writer(_End):
         Raises: as send(). See write(2).
         """
         deadline_ns = deadline(timeout)
-        with ffi.from_buffer(_view_of(data)) as pointer:
+        with ExitStack() as pinned:
+            pointer = pin(data, pinned, writable=False)
             while (rc := lib.ik_pipes_write(self._out.fd, pointer, len(pointer))) == -errno.EAGAIN:
                 until_ready(self._out.fd, WRITE, deadline_ns, self._what("write"))
         return self._sent(rc)
@@ -445,6 +448,7 @@ class Reader(_End):
 
         Raises: OSError EBADF if it is no pipe; then it stays the caller's.
         """
+        fd = integer(fd, "fd", 0, INT_MAX)
         self._in = ffi.new("ik_pipes_reader *", {"fd": -1})
         self._lock = threading.Lock()
         self._adopt(fd, max_message)
@@ -460,7 +464,7 @@ class Reader(_End):
 
     def _limit(self, max_message: int) -> None:
         super()._limit(max_message)
-        self._in.largest = max_message
+        self._in.largest = self._max_message
 
     # --- receiving
 
@@ -496,21 +500,23 @@ class Reader(_End):
 
         Returns: bytes of the message.
         Raises: as recv(); OSError EMSGSIZE if the message is larger than *buffer*: it stays for the
-            next receive; TypeError for a read-only buffer.
+            next receive; TypeError for a read-only buffer, BufferError for one with gaps.
         """
-        if memoryview(buffer).readonly:
-            raise TypeError(f"can't receive into a read-only {type(buffer).__name__}")
-        view = _view_of(buffer)
         deadline_ns = deadline(timeout)
+        with ExitStack() as pinned:
+            target = pin(buffer, pinned, writable=True, name="buffer")
+            message = self._one_of_at_most(len(target), deadline_ns)
+            ffi.memmove(target, message, len(message))
+        return len(message)
+
+    def _one_of_at_most(self, size: int, deadline_ns: int) -> bytes:
         self._wait_turn(deadline_ns)
         try:
-            self._in.largest = min(self._max_message, len(view))
-            message = self._one(1, deadline_ns)
+            self._in.largest = min(self._max_message, size)
+            return self._one(1, deadline_ns)
         finally:
             self._in.largest = self._max_message
             self._lock.release()
-        view[: len(message)] = message
-        return len(message)
 
     def recv_many(self, max: int | None = None, *, timeout: float | None = None) -> list[bytes]:
         """Receive all messages that are ready, at least one, with few reads; block until there is one.
@@ -518,14 +524,12 @@ class Reader(_End):
         Args: max: the most to return; the rest stays in the pipe. None: what one read gives.
         Raises: as recv(), if there was no message before the end or the error.
         """
-        if max is not None and max < 1:
-            raise ValueError(f"max must be None or at least 1, not {max}")
-        deadline_ns = deadline(timeout)
+        most, deadline_ns = most_of(max), deadline(timeout)
         self._wait_turn(deadline_ns)
         try:
-            got = [self._one(max or _NO_LIMIT, deadline_ns)]
-            while max is None or len(got) < max:
-                more = self._next(max - len(got) if max else 0, NOW)
+            got = [self._one(min(most or _NO_LIMIT, _NO_LIMIT), deadline_ns)]
+            while most is None or len(got) < most:
+                more = self._next(min(most - len(got), _NO_LIMIT) if most else 0, NOW)
                 if isinstance(more, int):
                     break
                 got.append(more)
@@ -631,8 +635,10 @@ class Reader(_End):
             found = self._buffer[self._in.start : self._in.start + _HEADER]
             raise Corrupt(f"descriptor {fd}: no message begins or goes on with the bytes {found.hex(' ')}")
         if rc == -errno.EMSGSIZE:
+            largest = self._in.largest
+            limit = "max_message" if largest == self._max_message else "the buffer"
             raise OSError(
-                errno.EMSGSIZE, f"a message of {self._next_size()} bytes exceeds {self._in.largest} bytes"
+                errno.EMSGSIZE, f"a message of {self._next_size()} bytes exceeds {limit}, {largest} bytes"
             )
         raise OSError(-rc, os.strerror(-rc), self._about("receive"))
 
@@ -662,7 +668,7 @@ class Reader(_End):
         Returns: b"" at end of file.
         Raises: TimeoutError (ETIMEDOUT), Closed. See read(2).
         """
-        deadline_ns = deadline(timeout)
+        size, deadline_ns = integer(size, "size", 0, LONG_MAX), deadline(timeout)
         while True:
             try:
                 return os.read(self.fileno(), size)
@@ -725,6 +731,7 @@ class Duplex(Reader, Writer):
     ) -> None:
         """Take over two descriptors; see Reader and Writer, and duplex() for *max_inbox*."""
         self._max_inbox = _check_inbox(max_inbox)
+        reader, writer = integer(reader, "reader", 0, INT_MAX), integer(writer, "writer", 0, INT_MAX)
         _capacity(writer)
         self._inbox: deque[bytes] = deque()
         self._kept = 0  # bytes that the inbox costs
@@ -764,8 +771,7 @@ class Duplex(Reader, Writer):
         either.register(self._out.fd, WRITE)
         if self._take_in():
             either.register(self._in.fd, READ)
-        left = remaining(deadline_ns)
-        return bool(either.poll(None if left is None else math.ceil(left * 1000)))
+        return bool(polled(either, deadline_ns))
 
     async def _aroom(self, deadline_ns: int) -> None:
         with _epoll() as either:
@@ -864,8 +870,8 @@ class Duplex(Reader, Writer):
 def _pipes(count: int, capacity: int | None, max_message: int) -> list[tuple[int, int]]:
     """The descriptors of *count* pipes; of none if one fails."""
     _check_limit(max_message)
-    if capacity is not None and not 0 < capacity < 1 << 31:  # the kernel would take them modulo 2**32
-        raise ValueError(f"capacity must be a number of bytes from 1 to {(1 << 31) - 1}, not {capacity}")
+    if capacity is not None:
+        capacity = integer(capacity, "capacity", 1, INT_MAX)  # the kernel would take it modulo 2**32
     made: list[tuple[int, int]] = []
     try:
         for _ in range(count):
@@ -885,7 +891,10 @@ def _set_capacity(fd: int, capacity: int) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, capacity)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}: a pipe of {capacity} bytes") from None
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: a pipe of {capacity} bytes; fs.pipe-max-size, pipe-user-pages-soft limit it",
+        ) from None
 
 
 def pipe(*, capacity: int | None = None, max_message: int = _DEFAULT_MAX_MESSAGE) -> tuple[Reader, Writer]:
@@ -927,11 +936,19 @@ def duplex(
 
 
 def _reading(source: Descriptor) -> int:
-    return Reader.fileno(source) if isinstance(source, Reader) else fileno_of(source)
+    return Reader.fileno(source) if isinstance(source, Reader) else fileno_of(source, "source")
 
 
 def _writing(target: Descriptor) -> int:
-    return Writer.fileno(target) if isinstance(target, Writer) else fileno_of(target)
+    return Writer.fileno(target) if isinstance(target, Writer) else fileno_of(target, "target")
+
+
+def _place(offset: int | None, name: str) -> int:
+    return -1 if offset is None else integer(offset, name, 0, LONG_MAX)
+
+
+def _amount(count: int, flags: int) -> tuple[int, int]:
+    return integer(count, "count", 0, LONG_MAX), integer(flags, "flags", 0, INT_MAX)
 
 
 def _moved(call: Any, verb: str, source: int, target: int, timeout: float | None) -> int:
@@ -968,8 +985,8 @@ def splice(
         TimeoutError (ETIMEDOUT); ENOSYS elsewhere than on Linux. See splice(2).
     """
     reader, writer = _reading(source), _writing(target)
-    begin, to = (-1 if offset is None else non_negative(offset) for offset in (source_offset, target_offset))
-    call = functools.partial(lib.ik_pipes_splice, reader, begin, writer, to, count, flags)
+    begin, to = _place(source_offset, "source_offset"), _place(target_offset, "target_offset")
+    call = functools.partial(lib.ik_pipes_splice, reader, begin, writer, to, *_amount(count, flags))
     return _moved(call, "splice", reader, writer, timeout)
 
 
@@ -981,5 +998,5 @@ def tee(
     Arguments, result and errors as splice(); OSError EINVAL unless both are pipes. See tee(2).
     """
     reader, writer = _reading(source), _writing(target)
-    call = functools.partial(lib.ik_pipes_tee, reader, writer, count, flags)
+    call = functools.partial(lib.ik_pipes_tee, reader, writer, *_amount(count, flags))
     return _moved(call, "tee", reader, writer, timeout)

@@ -11,6 +11,7 @@ there. Linux only: they need pidfds and prctl(2).
 
 import errno
 import mmap
+import operator
 import sys
 import traceback
 import warnings
@@ -21,12 +22,12 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from ipckit import _hot, procfs, signals
+from ipckit._arguments import INT_MAX, Descriptor, fileno_of, integer
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.handles import Rooted, finalizer
 from ipckit.unpatched import os, select, signal
-from ipckit.vectored import Descriptor
-from ipckit.wait import READ, deadline, ready, remaining, until_ready
+from ipckit.wait import READ, deadline, polled, ready, until_ready
 
 __all__ = [
     "Child",
@@ -47,9 +48,6 @@ _WHY = {
     errno.ENFILE: "fork: no descriptor left for the pidfd of the child",
     errno.ENOSYS: "fork: pidfd_open needs Linux 5.3",
 }
-
-
-_LONGEST_POLL = 1e9  # milliseconds; poll(2) takes an int
 
 
 # --- how a child ended -----------------------------------------------------------------------------
@@ -220,12 +218,13 @@ class Child(Rooted):
         Raises: ProcessLookupError (ESRCH) if somebody else reaped it; OSError EINVAL for a bad
             signal, EPERM for a child that changed its user; Closed. See pidfd_send_signal(2).
         """
+        number = integer(signum, "signum", -INT_MAX - 1, INT_MAX)
         if self.status is not None:
             return
         try:
-            signal.pidfd_send_signal(self.fileno(), signum)
+            signal.pidfd_send_signal(self.fileno(), number)
         except OSError as error:
-            check(-(error.errno or errno.EINVAL), f"signal {signum} to child {self.pid}")
+            check(-(error.errno or errno.EINVAL), f"signal {number} to child {self.pid}")
 
     def terminate(self) -> None:
         """Send SIGTERM, see send_signal()."""
@@ -286,11 +285,8 @@ def wait_any(children: Iterable[Child], timeout: float | None = None) -> tuple[C
 
 def _until_any(poller: "select.poll", deadline_ns: int, what: str) -> None:
     """As until_ready(), for all that *poller* holds."""
-    left = remaining(deadline_ns)
-    while not poller.poll(None if left is None else min(left * 1e3, _LONGEST_POLL)):
-        left = remaining(deadline_ns)
-        if left == 0:
-            check(-errno.ETIMEDOUT, what)
+    if not polled(poller, deadline_ns):
+        check(-errno.ETIMEDOUT, what)
 
 
 # --- fork ------------------------------------------------------------------------------------------
@@ -368,10 +364,7 @@ def _child(make: Callable[[Any], int]) -> Child:
 
 
 def _number(fd: Descriptor) -> int:
-    number = fd if isinstance(fd, int) else fd.fileno()
-    if number < 0:
-        raise ValueError(f"a descriptor to keep must be >= 0, not {number}")
-    return number
+    return integer(fileno_of(fd, "keep"), "keep", 0)
 
 
 def _kept(keep: Iterable[Descriptor]) -> set[int]:
@@ -388,14 +381,15 @@ def _standard() -> Iterator[int]:
 
 
 def _checked(handlers: Mapping[int, Handler]) -> dict[int, Handler]:
-    for signum, handler in handlers.items():
+    wanted = {integer(signum, "handlers"): handler for signum, handler in handlers.items()}
+    for signum, handler in wanted.items():
         if signum not in signal.valid_signals() or signum in (signal.SIGKILL, signal.SIGSTOP):
             raise ValueError(f"signal {signum} can't have a handler")
         if not callable(handler) and handler not in (signal.SIG_DFL, signal.SIG_IGN):
             raise TypeError(
                 f"handler of signal {signum} must be callable, SIG_DFL or SIG_IGN, not {handler!r}"
             )
-    return dict(handlers)
+    return wanted
 
 
 def _flush() -> None:
@@ -451,9 +445,10 @@ def _release_all_but(kept: set[int]) -> None:
 def _code(result: object) -> int:
     if result is None:
         return 0
-    if not isinstance(result, int):
-        raise TypeError(f"the target of fork must return None or an exit code, not {result!r}")
-    return result & 0xFF
+    try:
+        return operator.index(result) & 0xFF  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"the target of fork must return None or an exit code, not {result!r}") from None
 
 
 def _code_of(stop: SystemExit) -> int:
@@ -526,8 +521,9 @@ def die_with_parent(signum: int = signal.SIGKILL, parent: int | None = None) -> 
         die_with_parent=True)`` does it right.
     Raises: OSError EINVAL for a bad signal. See PR_SET_PDEATHSIG(2const).
     """
-    expected = os.getppid() if parent is None else parent
-    check(lib.ik_process_die_with_parent(signum, expected), f"die_with_parent by signal {signum}")
+    number = integer(signum, "signum", -INT_MAX - 1, INT_MAX)
+    expected = os.getppid() if parent is None else integer(parent, "parent", 0, INT_MAX)
+    check(lib.ik_process_die_with_parent(number, expected), f"die_with_parent by signal {number}")
 
 
 # --- many children ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from queue import Empty, Full
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from ipckit import procfs, registry, wait
+from ipckit._arguments import LONG_MAX, integer, most_of, seconds_left
 from ipckit._hot import QueueEnds
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, check
@@ -182,7 +183,7 @@ class Queue(QueueEnds, Ends):
     ) -> None:
         size = _TABLE + memory_size(capacity)
         functions, roles = _functions_of(codec), _roles_of(role)
-        check_limit(max_message)
+        max_message, maxsize = check_limit(max_message), _objects(maxsize)
         memory = SharedMemory(size)
         _format(memory.buf, maxsize)
         self._what = f"queue of {memory_size(capacity) - lib.IK_RING_HEADER} bytes"
@@ -392,9 +393,7 @@ class Queue(QueueEnds, Ends):
             max_messages_to_get: the name that faster-fifo has for *max*.
         Raises: as get(); ValueError for less than 1.
         """
-        most = max_messages_to_get if max is None else max
-        if most is not None and (most is True or most < 1):
-            raise ValueError(f"max must be at least 1, not {most!r}")
+        most = most_of(max_messages_to_get if max is None else max)
         return self._get_many(min(most or _AT_ONCE, _AT_ONCE), block, timeout)
 
     def get_many_nowait(
@@ -590,7 +589,7 @@ class Queue(QueueEnds, Ends):
         if exclusive and not create:
             raise ValueError("exclusive is for a queue to be made: it needs create=True")
         functions = _functions_of(codec)
-        check_limit(max_message)
+        max_message, maxsize = check_limit(max_message), _objects(maxsize)
         self = cls.__new__(cls)
         self._what = f"queue {name!r}"
         size = _TABLE + memory_size(capacity)
@@ -695,17 +694,21 @@ def _roles_of(role: "str | None") -> int:
     return _ROLES[role]
 
 
-def _seconds(block: bool, timeout: "float | None") -> "float | None":
-    if not block:
-        return 0
-    return None if timeout is None else max(0, timeout)
+def _seconds(block: bool, timeout: "float | None") -> float:
+    limit = seconds_left(timeout)
+    return limit if block else 0
+
+
+def _objects(maxsize: int) -> int:
+    """Below 0 is 0, as multiprocessing has it."""
+    return max(0, integer(maxsize, "maxsize", -LONG_MAX, (1 << 32) - 1))
 
 
 def _format(view: memoryview, maxsize: int) -> None:
     """Make a queue in memory of zeros."""
     with ffi.from_buffer("ik_queue_table *", view, require_writable=True) as table:
         check(lib.ik_queue_create(table), "making a queue")
-    make(view[_TABLE:], True, True, max(0, maxsize))
+    make(view[_TABLE:], True, True, maxsize)
 
 
 def _process(place: Any) -> registry.Process:

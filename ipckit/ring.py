@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
+from ipckit._arguments import INT_MAX, check_buffer, integer
 from ipckit._hot import Ends as _Ends
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, Corrupt, PeerDied, check
@@ -50,8 +51,7 @@ def memory_size(capacity: int) -> int:
 
     Raises: ValueError for a capacity below 1 or above 16 GiB.
     """
-    if not 0 < capacity <= 1 << 34:
-        raise ValueError(f"capacity must be a number of bytes from 1 to {1 << 34}, not {capacity}")
+    capacity = integer(capacity, "capacity", 1, 1 << 34)
     least: int = lib.IK_RING_LEAST
     header: int = lib.IK_RING_HEADER
     return header + max(least, 1 << (capacity - 1).bit_length())
@@ -106,9 +106,17 @@ class Ends(_Ends):
         if rc == -errno.ECONNRESET:
             raise PeerDied(f"{what}: the peer ended without closing")
         if rc == -errno.EMSGSIZE:
-            what = f"{what}: {size} bytes of at most {limit} bytes, which is max_message"
+            what = f"{what}: {size} bytes of at most {limit} bytes, {self._limit_of(verb, limit)}"
         check(rc, what)
         raise AssertionError(f"{what}: {rc} is no error")
+
+    def _limit_of(self, verb: str, limit: int) -> str:
+        """What the limit is that a message met."""
+        if limit == self.max_message:
+            return "which is max_message"
+        if verb == "recv_into":
+            return "which is the buffer"
+        return f"which lie in one piece at a capacity of {self.capacity}"
 
     def _ring(self, side: int) -> Any:
         """The C structure. Its memory stays while the pointer is kept, also if another thread closes."""
@@ -252,15 +260,15 @@ class Ring(Ends):
         max_message: int = DEFAULT_MAX_MESSAGE,
         max_messages: int = 0,
     ) -> None:
-        self._memory = SharedMemory(memory_size(capacity))
-        self._what = f"ring of {self._memory.size - lib.IK_RING_HEADER} bytes"
+        size, max_message, max_messages = memory_size(capacity), check_limit(max_message), _most(max_messages)
+        self._memory = SharedMemory(size)
+        self._what = f"ring of {size - lib.IK_RING_HEADER} bytes"
         make(self._memory.buf, many_senders, many_receivers, max_messages)
         self._use(self._memory.buf, max_message)
         self._set_bells(*(bells := new_bells()), *bells, -1)
 
     def _use(self, view: memoryview, max_message: int) -> None:
-        check_limit(max_message)
-        attached(self._attach(view, view, max_message), self._what)
+        attached(self._attach(view, view, check_limit(max_message)), self._what)
 
     @classmethod
     def create(
@@ -281,11 +289,11 @@ class Ring(Ends):
         Args: buffer: writable, C-contiguous, at an address that is a multiple of 128, as the beginning of any
             mapping is. bells: two eventfds or FIFOs, of this ring, for fileno() and asyncio; they are closed
             with the handle. The others as of Ring.
-        Raises: ValueError for a buffer that is too small, read-only or not aligned.
+        Raises: ValueError for a buffer that is too small or not aligned; TypeError for one that is read-only,
+            BufferError for one with gaps.
         """
-        view = memoryview(buffer).cast("B")
-        if view.readonly:
-            raise ValueError("a ring needs memory that can be written to")
+        view = memoryview(check_buffer(buffer, "buffer", True)).cast("B")
+        max_message, max_messages = check_limit(max_message), _most(max_messages)
         view[: lib.IK_RING_HEADER] = bytes(min(len(view), lib.IK_RING_HEADER))
         make(view, many_senders, many_receivers, max_messages)
         return cls.attach(view, max_message=max_message, bells=bells)
@@ -301,14 +309,15 @@ class Ring(Ends):
         """A handle of the ring that is in *buffer*; all of its header is checked first.
 
         Raises: Corrupt if there is none, or a damaged one, or one of another version; BlockingIOError
-            (EAGAIN) if it is just being made; ValueError as create().
+            (EAGAIN) if it is just being made; ValueError, TypeError and BufferError as create().
         """
         ring = cls.__new__(cls)
-        view = memoryview(buffer).cast("B")
+        view = memoryview(check_buffer(buffer, "buffer", True)).cast("B")
         ring._what = f"ring in a buffer of {len(view)} bytes"
         ring._use(view, max_message)
         if bells is not None:
-            ring._set_bells(*bells, *bells, -1)
+            data, room = (integer(bell, "bells", 0, INT_MAX) for bell in bells)
+            ring._set_bells(data, room, data, room, -1)
         return ring
 
     def close_write(self) -> None:
@@ -344,10 +353,12 @@ def _inherited(memory: SharedMemory, max_message: int, duplicates: "tuple[Any, A
 # --- what channels and queues need too -----------------------------------------------------------
 
 
+def _most(max_messages: int) -> int:
+    return integer(max_messages, "max_messages", 0, (1 << 32) - 1)
+
+
 def make(view: memoryview, many_senders: bool, many_receivers: bool, max_messages: int = 0) -> None:
     """Make a ring in memory of zeros."""
-    if not 0 <= max_messages < 1 << 32:
-        raise ValueError(f"max_messages must be a number from 0 to {(1 << 32) - 1}, not {max_messages}")
     flags = (many_senders and lib.IK_RING_MANY_SENDERS) | (many_receivers and lib.IK_RING_MANY_RECEIVERS)
     with ffi.from_buffer(view, require_writable=True) as memory:
         if int(ffi.cast("uintptr_t", memory)) % lib.IK_RING_ALIGNMENT:
@@ -367,9 +378,8 @@ def attached(rc: int, what: str) -> None:
     check(rc, what)
 
 
-def check_limit(max_message: int) -> None:
-    if not 0 < max_message < 1 << 40:
-        raise ValueError(f"max_message must be 1 to {(1 << 40) - 1} bytes, not {max_message}")
+def check_limit(max_message: int) -> int:
+    return integer(max_message, "max_message", 1, (1 << 40) - 1)
 
 
 def ring_stats(ring: Any) -> RingStats:

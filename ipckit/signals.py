@@ -8,7 +8,6 @@ ever, in the main thread between two bytecodes, once for each arrival and in the
 """
 
 import errno
-import operator
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 from ipckit import wait
+from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.handles import Rooted, finalizer
@@ -81,7 +81,7 @@ def _name(signum: int) -> str:
 
 
 def _valid(signum: int) -> int:
-    number = operator.index(signum)
+    number = integer(signum, "signum")
     if number not in _VALID:
         raise ValueError(f"{signum!r} is not the number of a signal")
     return number
@@ -90,7 +90,7 @@ def _valid(signum: int) -> int:
 def _catchable(signum: int, verb: str) -> int:
     if _valid(signum) in (signal.SIGKILL, signal.SIGSTOP):
         check(-errno.EINVAL, f"{verb} of {_name(signum)}, which nobody can")
-    return int(signum)
+    return _valid(signum)
 
 
 def _set(signals: Iterable[int]) -> int:
@@ -263,6 +263,7 @@ def sigaction(
         raise TypeError(
             f"the handler of {_name(number)} must be callable, SIG_DFL or SIG_IGN, not {handler!r}"
         )
+    flags = integer(flags, "flags", -INT_MAX - 1, INT_MAX)
     if flags & ~_FLAGS:
         raise ValueError(f"flags of {_name(number)} must be SA_* bits, not {flags:#x}")
     _only_in_main_thread(number)
@@ -326,15 +327,14 @@ def sigqueue(target: int | HasPidfd, signum: int, value: int = 0) -> None:
         (ESRCH), PermissionError (EPERM); ValueError for what is not a signal or does not fit.
     Threads and fork: any. See sigqueue(3), pidfd_send_signal(2).
     """
-    number = _valid(signum)
-    if not -(1 << 31) <= value < 1 << 31:
-        raise ValueError(f"the value of a signal has 32 bits, signed: {value} does not fit")
-    if isinstance(target, int):
-        rc = lib.ik_signals_queue(target, number, value)
-        check(rc, f"sigqueue of {_name(number)} to process {target}")
-    else:
+    number, value = _valid(signum), integer(value, "value", -INT_MAX - 1, INT_MAX)
+    if hasattr(target, "fileno"):
         rc = lib.ik_signals_queue_pidfd(target.fileno(), number, value)
         check(rc, f"sigqueue of {_name(number)} to {target!r}")
+    else:
+        pid = integer(target, "target", -INT_MAX - 1, INT_MAX)
+        rc = lib.ik_signals_queue(pid, number, value)
+        check(rc, f"sigqueue of {_name(number)} to process {pid}")
 
 
 # --- signalfd ------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ class SignalQueue(Rooted):
 
         Raises: as recv(); ValueError for another max.
         """
-        limit = _in_range(max)
+        limit = integer(max, "max", 1, lib.IK_SIGNALS_READ_MAX)
         deadline_ns = wait.deadline(timeout)
         while not (got := self._read(limit)):
             wait.until_ready(self.fileno(), wait.READ, deadline_ns, repr(self))
@@ -443,9 +443,3 @@ class SignalQueue(Rooted):
     async def __aiter__(self) -> AsyncIterator[SigInfo]:
         while not self.closed:
             yield await self.arecv()
-
-
-def _in_range(limit: int) -> int:
-    if not 1 <= limit <= lib.IK_SIGNALS_READ_MAX:
-        raise ValueError(f"max must be 1 to {lib.IK_SIGNALS_READ_MAX}, not {limit}")
-    return limit

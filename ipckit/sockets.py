@@ -21,11 +21,21 @@ from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
 from ipckit import procfs
+from ipckit._arguments import (
+    INT_MAX,
+    LONG_MAX,
+    Buffer,
+    Descriptor,
+    as_bytes,
+    fileno_of,
+    integer,
+    permissions,
+    pin,
+)
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.handles import Rooted
 from ipckit.unpatched import os, select, signal, time
-from ipckit.vectored import Buffer, Descriptor, fileno_of, pin
 from ipckit.wait import NOW, deadline, remaining, until_ready
 
 __all__ = [
@@ -70,10 +80,16 @@ def _restarted(call: Any, *args: Any) -> int:
             return rc
 
 
+def _flags(flags: int) -> int:
+    return integer(flags, "flags", -INT_MAX - 1, INT_MAX)
+
+
+def _size(size: int) -> int:
+    return integer(size, "size", 0, LONG_MAX)
+
+
 def _block(size: int, flags: int = 0) -> Any:
     """Memory for *size* bytes; cleared for MSG_TRUNC, which makes a stream count bytes it doesn't store."""
-    if size < 0:
-        raise ValueError(f"size must be >= 0, not {size}")
     return (ffi.new if flags & MSG_TRUNC else _uncleared)("char[]", size)
 
 
@@ -90,12 +106,19 @@ def send(sock: Descriptor, data: Buffer, flags: int = 0, *, timeout: float | Non
         (EPIPE), ConnectionResetError (ECONNRESET); OSError EMSGSIZE for a too long datagram,
         ENOTCONN, ENOTSOCK, EBADF. See send(2).
     """
-    number = fileno_of(sock)
+    number, flags = fileno_of(sock, "sock"), _flags(flags)
     deadline_ns = deadline(timeout)
     with ExitStack() as pinned:
         view = pin(data, pinned, writable=False)
-        rc = _restarted(lib.ik_sockets_send, number, view, len(view), flags, deadline_ns)
-    return check(rc, f"send on descriptor {number}")
+        size = len(view)
+        rc = _restarted(lib.ik_sockets_send, number, view, size, flags, deadline_ns)
+    why = _why_too_long(rc, f"a datagram of {size} bytes", "SO_SNDBUF, or the protocol, lets pass")
+    return check(rc, f"send on descriptor {number}{why}")
+
+
+def _why_too_long(rc: int, what: str, limit: str) -> str:
+    """For EMSGSIZE, what lifts the limit."""
+    return f": {what} is longer than {limit}" if rc == -errno.EMSGSIZE else ""
 
 
 def send_all(sock: Descriptor, data: Buffer, *, timeout: float | None = None) -> int:
@@ -104,7 +127,7 @@ def send_all(sock: Descriptor, data: Buffer, *, timeout: float | None = None) ->
     Returns: the size of *data*, in bytes.
     Raises: as send(), each saying how many bytes went before. See send(2).
     """
-    number = fileno_of(sock)
+    number = fileno_of(sock, "sock")
     deadline_ns = deadline(timeout)
     with ExitStack() as pinned:
         return _send_rest(number, pin(data, pinned, writable=False), 0, deadline_ns, "send_all")
@@ -127,10 +150,12 @@ def recv(sock: Descriptor, size: int, flags: int = 0, *, timeout: float | None =
     Returns: what came; ``b""`` at the end of the stream, and for an empty datagram.
     Raises: as recv_into(). See recv(2).
     """
+    number, size, flags = fileno_of(sock, "sock"), _size(size), _flags(flags)
+    deadline_ns = deadline(timeout)
     memory = _block(size, flags)
-    number = fileno_of(sock)
-    rc = _restarted(lib.ik_sockets_recv, number, memory, size, flags, deadline(timeout))
-    check(rc, f"recv of {size} bytes on descriptor {number}")
+    rc = _restarted(lib.ik_sockets_recv, number, memory, size, flags, deadline_ns)
+    why = _why_too_long(rc, "the datagram", "size")
+    check(rc, f"recv of {size} bytes on descriptor {number}{why}")
     return bytes(ffi.buffer(memory, min(rc, size)))
 
 
@@ -140,14 +165,16 @@ def recv_into(sock: Descriptor, buffer: Buffer, flags: int = 0, *, timeout: floa
     Returns: bytes received (with ``socket.MSG_TRUNC`` a datagram's real length); 0 at the end.
     Raises: TimeoutError (ETIMEDOUT); BlockingIOError (EAGAIN) for MSG_DONTWAIT; OSError EMSGSIZE if a
         datagram was longer and its rest is lost (MSG_PEEK and MSG_TRUNC allow that);
-        ConnectionResetError (ECONNRESET); ENOTCONN, ENOTSOCK, EBADF; TypeError if *buffer* is read-only.
+        ConnectionResetError (ECONNRESET); ENOTCONN, ENOTSOCK, EBADF; TypeError if *buffer* is read-only,
+        BufferError if it has gaps.
     """
-    number = fileno_of(sock)
+    number, flags = fileno_of(sock, "sock"), _flags(flags)
     deadline_ns = deadline(timeout)
     with ExitStack() as pinned:
-        view = pin(buffer, pinned, writable=True)
+        view = pin(buffer, pinned, writable=True, name="buffer")
         rc = _restarted(lib.ik_sockets_recv, number, view, len(view), flags, deadline_ns)
-        return check(rc, f"recv_into of {len(view)} bytes on descriptor {number}")
+        why = _why_too_long(rc, "the datagram", "the buffer")
+        return check(rc, f"recv_into of {len(view)} bytes on descriptor {number}{why}")
 
 
 def recv_exact(sock: Descriptor, size: int, *, timeout: float | None = None) -> bytes:
@@ -157,9 +184,9 @@ def recv_exact(sock: Descriptor, size: int, *, timeout: float | None = None) -> 
         (ETIMEDOUT) and ConnectionResetError (ECONNRESET), likewise: those bytes are lost.
     See recv(2), MSG_WAITALL.
     """
-    memory = _block(size)
-    number = fileno_of(sock)
+    number, size = fileno_of(sock, "sock"), _size(size)
     deadline_ns = deadline(timeout)
+    memory = _block(size)
     moved = 0
     while moved < size:
         left = size - moved
@@ -182,10 +209,10 @@ def send_urgent(sock: Descriptor, byte: Buffer, *, timeout: float | None = None)
     Raises: ValueError unless *byte* is exactly one; as send(); OSError EOPNOTSUPP for datagrams and
         for AF_UNIX streams on a kernel without CONFIG_AF_UNIX_OOB. See tcp(7), send(2) MSG_OOB.
     """
-    size = memoryview(byte).nbytes
-    if size != 1:
-        raise ValueError(f"urgent data is exactly one byte, not {size}")
-    send(sock, byte, MSG_OOB, timeout=timeout)
+    urgent = as_bytes(byte, "byte")
+    if len(urgent) != 1:
+        raise ValueError(f"urgent data is exactly one byte, not {len(urgent)}")
+    send(sock, urgent, MSG_OOB, timeout=timeout)
 
 
 def recv_urgent(sock: Descriptor, *, timeout: float | None = None) -> bytes:
@@ -202,7 +229,7 @@ def recv_urgent(sock: Descriptor, *, timeout: float | None = None) -> bytes:
         the stream because of SO_OOBINLINE); TimeoutError (ETIMEDOUT); EOFError if the stream ended;
         EOPNOTSUPP as send_urgent(). See tcp(7), recv(2) MSG_OOB.
     """
-    number = fileno_of(sock)
+    number = fileno_of(sock, "sock")
     memory = _block(1)
     rc = _restarted(lib.ik_sockets_recv, number, memory, 1, MSG_OOB, deadline(timeout))
     if rc == 0:
@@ -223,7 +250,7 @@ def at_mark(sock: Descriptor) -> bool:
     A read never crosses the mark, so a loop of reads that asks after each one finds it.
     Raises: OSError ENOTTY if *sock* has no urgent data at all, EBADF. See sockatmark(3).
     """
-    number = fileno_of(sock)
+    number = fileno_of(sock, "sock")
     return bool(check(lib.ik_sockets_at_mark(number), f"at_mark on descriptor {number}"))
 
 
@@ -233,13 +260,13 @@ def set_oobinline(sock: Descriptor, inline: bool) -> None:
     Off is the default. What counts is the choice at the moment of the read.
     Raises: OSError ENOTSOCK, EBADF. See SO_OOBINLINE in socket(7).
     """
-    number = fileno_of(sock)
+    number = fileno_of(sock, "sock")
     check(lib.ik_sockets_set_oobinline(number, inline), f"set_oobinline on descriptor {number}")
 
 
 def get_oobinline(sock: Descriptor) -> bool:
     """What set_oobinline() has chosen. Raises: as that."""
-    number = fileno_of(sock)
+    number = fileno_of(sock, "sock")
     return bool(check(lib.ik_sockets_get_oobinline(number), f"get_oobinline on descriptor {number}"))
 
 
@@ -270,7 +297,7 @@ class UrgentWatcher(Rooted):
         self._sock = sock
         self._callback = callback
         self._epoll = select.epoll()
-        self._epoll.register(fileno_of(sock), select.EPOLLPRI | select.EPOLLRDHUP)
+        self._epoll.register(fileno_of(sock, "sock"), select.EPOLLPRI | select.EPOLLRDHUP)
         if callback is not None:
             try:
                 self._own()
@@ -368,8 +395,8 @@ def send_fds(
         descriptors have gone if any byte has.
     See SCM_RIGHTS in unix(7), sendmsg(2).
     """
-    number = fileno_of(sock)
-    numbers = [fileno_of(fd) for fd in fds]
+    number = fileno_of(sock, "sock")
+    numbers = [fileno_of(fd, "fds") for fd in fds]
     if len(numbers) > MAX_FDS:
         raise ValueError(f"one message carries at most {MAX_FDS} descriptors, not {len(numbers)}")
     deadline_ns = deadline(timeout)
@@ -400,13 +427,12 @@ def recv_fds(
         that came are closed; as recv_into().
     See SCM_RIGHTS in unix(7), recvmsg(2) MSG_CTRUNC.
     """
-    if not 0 <= max_fds <= MAX_FDS:
-        raise ValueError(f"max_fds must be 0 to {MAX_FDS}, not {max_fds}")
-    memory = _block(size)
-    number = fileno_of(sock)
-    came = ffi.new("ik_sockets_fds *")
-    rc = _restarted(lib.ik_sockets_recv_fds, number, memory, size, came, max_fds, deadline(timeout))
-    check(rc, f"recv_fds of {size} bytes and {max_fds} descriptors on descriptor {number}")
+    number, size, max_fds = fileno_of(sock, "sock"), _size(size), integer(max_fds, "max_fds", 0, MAX_FDS)
+    deadline_ns = deadline(timeout)
+    memory, came = _block(size), ffi.new("ik_sockets_fds *")
+    rc = _restarted(lib.ik_sockets_recv_fds, number, memory, size, came, max_fds, deadline_ns)
+    why = _why_too_long(rc, "what came", "size, or max_fds")
+    check(rc, f"recv_fds of {size} bytes and {max_fds} descriptors on descriptor {number}{why}")
     return bytes(ffi.buffer(memory, rc)), list(came.fd[0 : came.count])
 
 
@@ -426,7 +452,7 @@ def peer_credentials(sock: Descriptor) -> Credentials:
     Raises: OSError ENOTCONN if *sock* has no peer or is not AF_UNIX; ENOTSOCK, EBADF.
     See SO_PEERCRED in unix(7).
     """
-    number = fileno_of(sock)
+    number = fileno_of(sock, "sock")
     peer = ffi.new("ik_sockets_peer *")
     check(lib.ik_sockets_peer_credentials(number, peer), f"peer_credentials on descriptor {number}")
     return Credentials(peer.pid, peer.uid, peer.gid)
@@ -500,9 +526,7 @@ def bind_unix(
     Fork: a child may use the socket, only the maker removes the file. Threads: any. See bind(2), unix(7).
     """
     name = check_path(path)
-    if not 0 <= mode <= 0o777:
-        raise ValueError(f"mode must be 0 to 0o777, not {mode:#o}")
-    until = deadline(timeout)
+    mode, until = permissions(mode), deadline(timeout)
     # Not abspath(): the folder before a ".." may be a link.
     place = name if os.path.isabs(name) else os.path.join(os.getcwd(), name)
     os.fchmod(sock.fileno(), mode)  # Linux gives this to the file, less the umask

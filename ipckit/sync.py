@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Locks, events, semaphores, conditions and barriers between processes, which survive ``kill -9``.
 
-The names, methods and results are those of ``multiprocessing``. Each exists in two forms:
+The names, methods and results are those of ``multiprocessing``, so a timeout below 0 is 0 here, however far
+below. Each exists in two forms:
 
 - ``Lock()``: in its own memory without a name; other processes get it by fork, or by pickling to the
   children of ``multiprocessing`` as they start.
@@ -18,6 +19,7 @@ from threading import BrokenBarrierError
 from typing import TYPE_CHECKING, Any
 
 from ipckit import _hot
+from ipckit._arguments import check_buffer, integer, seconds_left
 from ipckit._native import lib
 from ipckit.errors import Corrupt, check
 from ipckit.handles import check_starting
@@ -62,10 +64,8 @@ class _Shared:
 
     def _at(self, buffer: Buffer, offset: int, create: bool, number: int = 0, most: int = 0) -> None:
         """Lie at *offset* of *buffer*, which stays as long as we do."""
-        kind = type(self).__name__
-        with memoryview(buffer) as view:
-            if view.readonly or not view.contiguous:
-                raise ValueError(f"{kind} needs a writable, contiguous buffer, not {buffer!r}")
+        kind, offset = type(self).__name__, integer(offset, "offset")
+        with memoryview(check_buffer(buffer, "buffer", True)) as view:
             room = view.nbytes - offset
         if offset < 0 or room < self.SIZE:
             raise ValueError(f"{kind} takes {self.SIZE} bytes; at offset {offset} there are {room}")
@@ -80,7 +80,7 @@ class _Shared:
     def attach(cls, buffer: Buffer, offset: int = 0) -> "Self":
         """The one that another process created there. It keeps *buffer* exported.
 
-        Raises: Corrupt if none is there, or not yet; ValueError as create().
+        Raises: Corrupt if none is there, or not yet; ValueError, TypeError and BufferError as create().
         """
         self = cls.__new__(cls)
         self._at(buffer, offset, False)
@@ -113,7 +113,8 @@ class _Plain(_Shared):
     def create(cls, buffer: Buffer, offset: int = 0) -> "Self":
         """A new one in ``SIZE`` bytes of *buffer* that nobody uses; it keeps *buffer* exported.
 
-        Raises: ValueError if the place is not writable, too small, or no multiple of 64 in memory.
+        Raises: ValueError if the place is too small, or no multiple of 64 in memory; TypeError for a buffer
+            that is read-only, BufferError for one with gaps.
         """
         self = cls.__new__(cls)
         self._at(buffer, offset, True)
@@ -188,9 +189,7 @@ class Semaphore(_Shared, _hot.Semaphore):
     @staticmethod
     def _numbers(value: int) -> tuple[int, int]:
         """The value, and what it can never exceed."""
-        if not 0 <= value <= _LARGEST:
-            raise ValueError(f"value must be from 0 to {_LARGEST}, not {value}")
-        return value, _LARGEST
+        return integer(value, "value", 0, _LARGEST), _LARGEST
 
     def locked(self) -> bool:
         """Would acquire() wait at this moment?"""
@@ -205,9 +204,8 @@ class BoundedSemaphore(Semaphore):
 
     @staticmethod
     def _numbers(value: int) -> tuple[int, int]:
-        if not 1 <= value <= _LARGEST:
-            raise ValueError(f"value must be from 1 to {_LARGEST}, not {value}")
-        return value, value
+        number = integer(value, "value", 1, _LARGEST)
+        return number, number
 
 
 class Condition(_Shared, _hot.Condition):
@@ -271,7 +269,7 @@ class Condition(_Shared, _hot.Condition):
 
         Returns: the last value of *predicate*. Raises: as wait().
         """
-        end = deadline(None if timeout is None else max(timeout, 0))
+        end = deadline(seconds_left(timeout))
         while not (result := predicate()):
             left = remaining(end)
             if left == 0:
@@ -305,6 +303,7 @@ class Barrier(_Shared, _hot.Barrier):
     def __init__(
         self, parties: int, action: Callable[[], Any] | None = None, timeout: float | None = None
     ) -> None:
+        seconds_left(timeout)
         self._in_own_memory(_checked(parties))
         self._action, self._timeout = action, timeout
 
@@ -319,6 +318,7 @@ class Barrier(_Shared, _hot.Barrier):
         timeout: float | None = None,
     ) -> "Self":
         """A new one in ``SIZE`` bytes of *buffer*. Raises: ValueError as Lock.create()."""
+        seconds_left(timeout)
         self = cls.__new__(cls)
         self._at(buffer, offset, True, _checked(parties))
         self._action, self._timeout = action, timeout
@@ -334,6 +334,7 @@ class Barrier(_Shared, _hot.Barrier):
         timeout: float | None = None,
     ) -> "Self":
         """The one that another process created there. Raises: as Lock.attach()."""
+        seconds_left(timeout)
         self = super().attach(buffer, offset)
         self._action, self._timeout = action, timeout
         return self
@@ -362,6 +363,4 @@ class Barrier(_Shared, _hot.Barrier):
 
 
 def _checked(parties: int) -> int:
-    if not 1 <= parties <= _SEATS:
-        raise ValueError(f"parties must be from 1 to {_SEATS}, not {parties}")
-    return parties
+    return integer(parties, "parties", 1, _SEATS)

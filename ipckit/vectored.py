@@ -11,8 +11,9 @@ All calls drop the GIL, work in any thread and after fork.
 import errno
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
+from ipckit._arguments import INT_MAX, LONG_MAX, Buffer, Descriptor, check_buffer, fileno_of, integer, pin
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.unpatched import os
@@ -20,44 +21,14 @@ from ipckit.wait import deadline
 
 __all__ = ["preadv", "pwritev", "readv", "readv_exact", "writev", "writev_all"]
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer as Buffer  # noqa: PLC0414 - other rooms have it from here
-else:
-    Buffer = object
-
-
-class HasFileno(Protocol):
-    def fileno(self) -> int: ...
-
-
-Descriptor = int | HasFileno
-
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
-
-
-def fileno_of(fd: Descriptor) -> int:
-    """The number of a descriptor or of what has one."""
-    return fd if isinstance(fd, int) else fd.fileno()
-
-
-def pin(buffer: Buffer, pinned: ExitStack, writable: bool) -> Any:
-    """A cffi view of *buffer*, which can't be resized until *pinned* closes.
-
-    Raises: TypeError for what is no buffer, not C-contiguous or, if *writable*, read-only.
-    """
-    try:
-        return pinned.enter_context(ffi.from_buffer(buffer, require_writable=writable))
-    except (BufferError, ValueError) as error:  # numpy raises ValueError where others raise BufferError
-        if writable and memoryview(buffer).readonly:
-            raise TypeError(f"can't read into a read-only {type(buffer).__name__}") from None
-        raise TypeError(f"{type(buffer).__name__} must be C-contiguous: {error}") from None
 
 
 def _iovec(buffers: Sequence[Buffer], pinned: ExitStack, writable: bool) -> Any:
     """The iovec array of *buffers*, which stay pinned (can't be resized) until *pinned* closes."""
     iov = ffi.new("ik_iovec[]", len(buffers))
     for entry, buffer in zip(iov, buffers):  # noqa: B905 - one is made from the other
-        entry.base = view = pin(buffer, pinned, writable)
+        entry.base = view = pin(buffer, pinned, writable, "buffers")
         entry.len = len(view)
     return iov
 
@@ -65,21 +36,19 @@ def _iovec(buffers: Sequence[Buffer], pinned: ExitStack, writable: bool) -> Any:
 def _once(call: Callable[..., int], fd: Descriptor, buffers: Iterable[Buffer], *where: int) -> int:
     """One system call by the standard library's function, which pins buffers at a tenth of our cost."""
     number, items = fileno_of(fd), list(buffers)[:_IOV_MAX]
+    plain, writable = (bytearray, True) if call in (os.readv, os.preadv) else (bytes, False)
+    for item in items:
+        if type(item) is not plain:
+            check_buffer(item, "buffers", writable)
     try:
         return call(number, items, *where)
     except OSError as error:
         return check(-(error.errno or errno.EIO), f"{call.__name__} on descriptor {number}")
-    except (BufferError, ValueError):
-        with ExitStack() as pinned:  # which one it is, and why
-            _iovec(items, pinned, call in (os.readv, os.preadv))
-        raise
 
 
-def non_negative(offset: int) -> int:
-    """An offset into a file. Raises: ValueError if it is below 0."""
-    if offset < 0:
-        raise ValueError(f"offset must be >= 0, not {offset}")
-    return offset
+def _where(offset: int, flags: int) -> tuple[int, int]:
+    """A place in a file, and the flags of preadv2(2). Raises: as integer()."""
+    return integer(offset, "offset", 0, LONG_MAX), integer(flags, "flags", -INT_MAX - 1, INT_MAX)
 
 
 def readv(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
@@ -88,8 +57,8 @@ def readv(fd: Descriptor, buffers: Iterable[Buffer]) -> int:
     Args: fd: a descriptor, or an object with ``fileno()``. buffers: writable; at most the first
         IOV_MAX (1,024 on Linux) are filled by one call.
     Returns: bytes read, which may be fewer than fit; 0 at end of file.
-    Raises: TypeError for a read-only buffer; BlockingIOError (EAGAIN) if *fd* is non-blocking and
-        empty; OSError EBADF and what else read(2) gives.
+    Raises: TypeError for a read-only buffer, or one of Python objects; BufferError for one with gaps;
+        BlockingIOError (EAGAIN) if *fd* is non-blocking and empty; OSError EBADF and what else read(2) gives.
     Signals: their Python handlers run, then the call goes on (PEP 475). See readv(2).
     """
     return _once(os.readv, fd, buffers)
@@ -112,7 +81,7 @@ def preadv(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 
     Raises: as readv(); OSError ESPIPE if *fd* can't seek, EOPNOTSUPP for flags unknown to the kernel;
         ValueError for a negative offset. See preadv2(2).
     """
-    return _once(os.preadv, fd, buffers, non_negative(offset), flags)
+    return _once(os.preadv, fd, buffers, *_where(offset, flags))
 
 
 def pwritev(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int = 0) -> int:
@@ -121,7 +90,7 @@ def pwritev(fd: Descriptor, buffers: Iterable[Buffer], offset: int, flags: int =
     Args: flags: ``os.RWF_DSYNC``, ``os.RWF_SYNC``, ``os.RWF_APPEND``, ... or 0.
     Raises: as writev(); ESPIPE, EOPNOTSUPP and ValueError as preadv(). See pwritev2(2).
     """
-    return _once(os.pwritev, fd, buffers, non_negative(offset), flags)
+    return _once(os.pwritev, fd, buffers, *_where(offset, flags))
 
 
 def _whole(

@@ -2,18 +2,21 @@
 """Deadlines, and waiting for a descriptor: how every ``timeout=`` of ipckit is kept.
 
 A timeout (seconds, ``None`` for ever, ``0`` not at all) becomes one absolute deadline when an
-operation starts. All that the operation does counts against it, so it bounds the whole and not
-each step. The clock is CLOCK_MONOTONIC: setting the wall clock changes nothing.
+operation starts: by ``deadline()``, which is in C, where the compiled verbs have it too. All that the
+operation does counts against it, so it bounds the whole and not each step. The clock is CLOCK_MONOTONIC:
+setting the wall clock changes nothing.
 """
 
 import errno
+import math
 from typing import TYPE_CHECKING
 
+from ipckit._arguments import deadline, fileno_of
 from ipckit._native import lib
 from ipckit.errors import check
 from ipckit.unpatched import os, select, time
 
-__all__ = ["FOREVER", "NOW", "deadline", "ready", "remaining", "until_ready"]
+__all__ = ["FOREVER", "NOW", "deadline", "polled", "ready", "remaining", "until_ready"]
 
 if TYPE_CHECKING:
     import asyncio
@@ -23,24 +26,7 @@ NOW: int = lib.IK_NOW
 READ: int = select.POLLIN
 WRITE: int = select.POLLOUT
 
-# Beyond this a timeout is "for ever"; it keeps the sum below 2**63.
-_LONGEST = 100 * 365 * 86400.0
-
-
-def deadline(timeout: float | None) -> int:
-    """The absolute deadline in nanoseconds for *timeout* seconds from now.
-
-    Raises: ValueError for a negative or not-a-number timeout.
-    """
-    if timeout is None:
-        return FOREVER
-    if timeout == 0:
-        return NOW
-    if not timeout > 0:
-        raise ValueError(f"timeout must be None or a number of seconds >= 0, not {timeout!r}")
-    if timeout > _LONGEST:
-        return FOREVER
-    return time.monotonic_ns() + int(timeout * 1e9)
+_LONGEST_POLL = 86400.0  # seconds; poll(2) takes an int of milliseconds
 
 
 def remaining(deadline_ns: int) -> float | None:
@@ -59,10 +45,20 @@ def until_ready(fd: int, events: int, deadline_ns: int, what: object = None) -> 
     Raises: TimeoutError (ETIMEDOUT) at the deadline; OSError EBADF for a closed descriptor.
     Signals: their Python handlers run, then the wait goes on against the same deadline.
     """
+    number = fileno_of(fd)
     while True:
-        rc: int = lib.ik_wait_fd(fd, events, deadline_ns)
+        rc: int = lib.ik_wait_fd(number, events, deadline_ns)
         if rc != -errno.EINTR:
             return check(rc, what)
+
+
+def polled(poller: "select.poll", deadline_ns: int) -> "list[tuple[int, int]]":
+    """What is ready of all that *poller* holds; block until something is, or the deadline has come."""
+    while True:
+        left = remaining(deadline_ns)
+        ready = poller.poll(None if left is None else math.ceil(min(left, _LONGEST_POLL) * 1000))
+        if ready or left == 0:
+            return ready
 
 
 def _set(event: "asyncio.Future[None]") -> None:
@@ -80,7 +76,7 @@ async def ready(fd: int, events: int, deadline_ns: int, what: object = None) -> 
 
     loop = asyncio.get_running_loop()
     event: asyncio.Future[None] = loop.create_future()
-    own = os.dup(fd)
+    own = os.dup(fileno_of(fd))
     add, remove = (
         (loop.add_writer, loop.remove_writer) if events & WRITE else (loop.add_reader, loop.remove_reader)
     )

@@ -949,7 +949,7 @@ def test_a_length_bomb_is_refused_before_anything_is_allocated(listener):
             struct.pack_into("=QQ", buf, at, 3 << 40 | 2 << 48 | 2048, length)
             struct.pack_into("=Q", buf, RING + TAIL, 2056)
             with pytest.raises(
-                OSError, match=f"{length} bytes of at most {ours.max_message} bytes"
+                OSError, match=f"{length} bytes of at most {ours.max_message} bytes, which is max_message"
             ) as caught:
                 ours.recv(timeout=1)
             assert caught.value.errno == errno.EMSGSIZE

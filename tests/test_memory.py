@@ -95,9 +95,9 @@ def test_new_memory_is_sealed_private_allocated_and_not_inherited_by_exec(shared
 
 @pytest.mark.parametrize("size", [0, -1, -(1 << 70)])
 def test_no_memory_of_no_size(size, name):
-    with pytest.raises(ValueError, match=f"size must be at least 1 byte, not {size}"):
+    with pytest.raises(ValueError, match=f"size must be an integer >= 1, not {size}"):
         SharedMemory(size)
-    with pytest.raises(ValueError, match=f"size must be at least 1 byte, not {size}"):
+    with pytest.raises(ValueError, match=f"size must be an integer >= 1, not {size}"):
         SharedMemory(size, name=name, create=True)
 
 

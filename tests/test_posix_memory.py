@@ -117,7 +117,7 @@ def test_the_longest_name():
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_no_size(size):
-    with pytest.raises(ValueError, match=f"size must be at least 1 byte, not {size}"):
+    with pytest.raises(ValueError, match=f"size must be an integer >= 1, not {size}"):
         SharedMemory(NAME, size, create=True)
     assert not FILE.exists()
 

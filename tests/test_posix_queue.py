@@ -114,7 +114,7 @@ def test_what_is_no_buffer_is_refused(queue, data):
     for verb in (queue.send, lambda data: queue.send_many([b"first", data])):
         with pytest.raises(TypeError, match=type(data).__name__):
             verb(data)
-    with pytest.raises(TypeError, match="C-contiguous"):
+    with pytest.raises(BufferError, match="data must be C-contiguous"):
         queue.send(np.zeros((4, 4))[:, 1])
     assert queue.stat().messages == 0
 
@@ -211,7 +211,7 @@ def test_many_messages_in_a_row(roomy):
 @pytest.mark.parametrize("priority", [-1, 32768, 1 << 70])
 def test_a_priority_out_of_range(queue, priority):
     for verb in (queue.send, lambda data, **more: queue.send_many([data], **more)):
-        with pytest.raises((ValueError, OverflowError), match=f"{priority}|int"):
+        with pytest.raises(ValueError, match=f"priority must be an integer from 0 to 32767, not {priority}"):
             verb(b"x", priority=priority)
     assert queue.stat().messages == 0
 
@@ -223,7 +223,7 @@ def test_a_wrong_call_names_what_is_wrong(queue):
         queue.recv(priority=5)
     with pytest.raises(TypeError, match="deadline"):
         queue.send(b"x", deadline=5)
-    with pytest.raises(ValueError, match="max must be None or at least 1, not 0"):
+    with pytest.raises(ValueError, match="max must be an integer from 1 to .*, not 0"):
         queue.recv_many(0)
     for timeout in (-1, float("nan")):
         with pytest.raises(ValueError, match="timeout must be None or a number of seconds"):
@@ -373,7 +373,7 @@ def test_what_contradicts_itself(queue):
         ({"readonly": True, "writeonly": True}, "both readonly and writeonly"),
         (
             {"create": True, "exclusive": True, "max_messages": 0},
-            "max_messages must be from 1 to 65536.*not 0",
+            "max_messages must be an integer from 1 to 65536, not 0",
         ),
         ({"create": True, "exclusive": True, "max_message": 1 << 25}, "max_message .* not 33554432"),
     ):

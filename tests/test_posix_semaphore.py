@@ -144,7 +144,7 @@ def test_the_longest_name():
 
 @pytest.mark.parametrize("value", [-1, 1 << 31])
 def test_a_value_out_of_range(value):
-    with pytest.raises(ValueError, match=f"value must be from 0 to 2147483647, not {value}"):
+    with pytest.raises(ValueError, match=f"value must be an integer from 0 to 2147483647, not {value}"):
         Semaphore(NAME, value, create=True)
 
 

@@ -219,9 +219,9 @@ def test_put_many_puts_what_there_is_room_for(queue):
     assert len(queue.get_many()) == count
 
 
-@pytest.mark.parametrize("max", [0, -1, True])
+@pytest.mark.parametrize("max", [0, -1])
 def test_getting_fewer_than_one_is_refused(queue, max):
-    with pytest.raises(ValueError, match=f"max must be at least 1, not {max}"):
+    with pytest.raises(ValueError, match=f"max must be an integer from 1 to .*, not {max}"):
         queue.get_many(max)
 
 
@@ -245,9 +245,9 @@ def test_closing(queue):
 @pytest.mark.parametrize(
     "options, what",
     [
-        ({"capacity": 0}, "capacity must be a number of bytes"),
-        ({"max_message": 0}, "max_message must be 1 to"),
-        ({"maxsize": 1 << 32}, "max_messages must be a number"),
+        ({"capacity": 0}, "capacity must be an integer from 1 to"),
+        ({"max_message": 0}, "max_message must be an integer from 1 to"),
+        ({"maxsize": 1 << 32}, "maxsize must be an integer from"),
         ({"role": "both"}, "role must be None, 'producer' or 'consumer', not 'both'"),
         ({"codec": "json"}, "codec must be 'bytes', 'pickle' or have dumps.* not 'json'"),
     ],
@@ -1265,7 +1265,7 @@ def test_made_or_opened(jobs):
         ("x", {"exclusive": True, "create": False}, "exclusive .* needs create=True"),
         ("x", {"codec": None}, "codec must be .* not None"),
         ("x", {"capacity": -5}, "capacity must be .* not -5"),
-        ("x", {"maxsize": 1 << 32}, "max_messages must be .* not 4294967296"),
+        ("x", {"maxsize": 1 << 32}, "maxsize must be .* not 4294967296"),
     ],
 )
 def test_wrong_names_and_options_are_refused(name, options, what):

@@ -191,7 +191,7 @@ def test_paths_that_can_not_be(tmp_path):
     assert caught.value.errno == errno.ENAMETOOLONG
     with pytest.raises(FileNotFoundError, match="nowhere/sock"):
         listen_unix(tmp_path / "nowhere" / "sock")
-    with pytest.raises(ValueError, match="mode must be 0 to 0o777, not 0o1600"):
+    with pytest.raises(ValueError, match="mode must be permission bits from 0 to 0o777, not 0o1600"):
         listen_unix(tmp_path / "sock", mode=0o1600)
     assert os.listdir(tmp_path) == []
 

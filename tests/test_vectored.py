@@ -92,7 +92,7 @@ def test_not_a_buffer_and_not_contiguous(pipe):
     _, writer, _ = pipe
     with pytest.raises(TypeError):
         ipckit.writev(writer, ["text"])
-    with pytest.raises(TypeError, match="C-contiguous"):
+    with pytest.raises(BufferError, match="buffers must be C-contiguous"):
         ipckit.writev(writer, [np.zeros((4, 4))[:, 1]])
 
 
@@ -240,7 +240,7 @@ def test_at_an_offset(tmp_path):
 
 def test_bad_offsets_and_flags(pipe, tmp_path):
     reader, writer, _ = pipe
-    with pytest.raises(ValueError, match="offset must be >= 0, not -1"):
+    with pytest.raises(ValueError, match="offset must be an integer from 0 to .*, not -1"):
         ipckit.preadv(reader, [bytearray(1)], -1)
     with pytest.raises(ValueError, match="-5"):
         ipckit.pwritev(writer, [b"x"], -5)

@@ -7,12 +7,12 @@ from typing import Any
 import posix_ipc
 
 from ipckit import procfs, registry
+from ipckit._arguments import integer, permissions, user
 from ipckit.errors import Closed, check
 from ipckit.memory import Mapping, allocate, fault_in
 from ipckit.posix.names import (
     check_exclusive,
     check_file,
-    check_mode,
     check_name,
     look,
     told,
@@ -59,13 +59,11 @@ class SharedMemory(Mapping):
     ) -> None:
         self.name = check_name(name)
         self._what = f"POSIX memory {name!r}"
-        self._path, self._owner = f"{_FOLDER}{name}", owner
-        check_mode(mode)
+        self._path, self._owner = f"{_FOLDER}{name}", user(owner, "owner")
+        mode, size = permissions(mode), integer(size, "size", 1 if create else 0)
         check_exclusive(create, exclusive)
         if readonly and create:
             raise ValueError(f"{self._what} can't be made readonly: nobody could fill it")
-        if size < 0 or (create and size == 0):
-            raise ValueError(f"size must be at least 1 byte, not {size}")
         with registry.entering(self._what):
             fd, created = registry.make_or_open(
                 lambda: self._make(size, mode), lambda: self._find(size, readonly), create, exclusive

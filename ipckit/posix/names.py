@@ -23,12 +23,6 @@ def check_name(name: str, longest: int = 255) -> str:
     return name
 
 
-def check_mode(mode: int) -> int:
-    if not 0 <= mode <= 0o777:
-        raise ValueError(f"mode must be permission bits from 0 to 0o777, not {mode:#o}")
-    return mode
-
-
 def check_exclusive(create: bool, exclusive: bool) -> None:
     if exclusive and not create:
         raise ValueError("exclusive is for what is to be made: it needs create=True")

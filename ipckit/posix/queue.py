@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 import posix_ipc
 
 from ipckit import limits, procfs, registry
+from ipckit._arguments import Buffer, as_bytes, integer, most_of, permissions, pin
 from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.handles import finalizer
-from ipckit.posix.names import check_exclusive, check_mode, check_name, told
+from ipckit.posix.names import check_exclusive, check_name, told
 from ipckit.unpatched import os, select
-from ipckit.vectored import Buffer, pin
 from ipckit.wait import READ, WRITE, deadline, ready, remaining
 
 __all__ = ["Message", "MessageQueue", "QueueStat"]
@@ -63,6 +63,10 @@ def _limit(name: str) -> int:
     return found or 0
 
 
+def _given(value: int | None, name: str, usual: int, limit: str) -> int:
+    return min(usual, _limit(limit)) if value is None else integer(value, name)
+
+
 def _may_exceed_limits() -> bool:
     """Has this process the privilege that the kernel asks for? Root in a container hasn't."""
     with open(procfs.path("self/status")) as status:
@@ -97,8 +101,7 @@ def _check_limits(max_messages: int, max_message: int, what: str) -> None:
         ("max_messages", max_messages, 65536),
         ("max_message", max_message, 16 << 20),
     ):
-        if not 1 <= value <= most:
-            raise ValueError(f"{name} must be from 1 to {most}, which no setting exceeds, not {value}")
+        integer(value, name, 1, most)  # which no setting exceeds
     if not _may_exceed_limits():
         _refuse_size(max_messages, max_message, what)
     allowed, _ = resource.getrlimit(resource.RLIMIT_MSGQUEUE)  # the privileged, too
@@ -166,13 +169,13 @@ class MessageQueue(PosixQueue):
     ) -> None:
         self.name = check_name(name)
         self._what = f"POSIX queue {name!r}"
-        check_mode(mode)
+        mode = permissions(mode)
         check_exclusive(create, exclusive)
         if readonly and writeonly:
             raise ValueError(f"{self._what} can't be both readonly and writeonly")
         self._way = {"read": not writeonly, "write": not readonly}
-        count = min(10, _limit("msg_max")) if max_messages is None else max_messages
-        size = min(8192, _limit("msgsize_max")) if max_message is None else max_message
+        count = _given(max_messages, "max_messages", 10, "msg_max")
+        size = _given(max_message, "max_message", 8192, "msgsize_max")
         self._queue = ffi.cast("ik_posix_queue *", self._address())
         self._memories = []
         with registry.entering(self._what):
@@ -217,13 +220,11 @@ class MessageQueue(PosixQueue):
 
     # send() and send_many() are PosixQueue's, in C; what doesn't succeed there at once comes here.
     def _send(self, data: Buffer, *, priority: int = 0, timeout: float | None = None) -> None:
-        deadline_ns = deadline(timeout)
+        priority, deadline_ns = integer(priority, "priority", 0, _HIGHEST), deadline(timeout)
         with ExitStack() as pinned:
-            block = data if type(data) is bytes else pin(memoryview(data), pinned, False)
+            block = data if type(data) is bytes else pin(data, pinned, False)
             size = len(block)
-            self._sent(
-                self._drive(lib.ik_posix_queue_send, block, size, priority, deadline_ns), size, priority
-            )
+            self._sent(self._drive(lib.ik_posix_queue_send, block, size, priority, deadline_ns), size)
 
     async def asend(self, data: Buffer, *, priority: int = 0, timeout: float | None = None) -> None:
         """As send(), for asyncio: only the calling task waits. A cancelled send was not sent."""
@@ -239,10 +240,11 @@ class MessageQueue(PosixQueue):
         self, messages: Iterable[Buffer], *, priority: int = 0, timeout: float | None = None
     ) -> int:
         deadline_ns = deadline(timeout)
-        blocks = [data if type(data) is bytes else bytes(memoryview(data)) for data in messages]
+        priority = integer(priority, "priority", 0, _HIGHEST)
+        blocks = [as_bytes(data, "messages") for data in messages]
         largest = max(map(len, blocks), default=0)
         if largest > self.max_message and not self.closed:
-            self._sent(-errno.EMSGSIZE, largest, priority)
+            self._sent(-errno.EMSGSIZE, largest)
         for done, block in enumerate(blocks):
             try:
                 self.send(block, priority=priority, timeout=remaining(deadline_ns))
@@ -258,9 +260,7 @@ class MessageQueue(PosixQueue):
             if rc != -errno.EINTR:
                 return rc
 
-    def _sent(self, rc: int, size: int, priority: int) -> None:
-        if rc == -errno.EINVAL and not 0 <= priority <= _HIGHEST:
-            raise ValueError(f"priority must be from 0 to {_HIGHEST}, not {priority}")
+    def _sent(self, rc: int, size: int) -> None:
         what = self._what
         if rc == -errno.EMSGSIZE:
             what = f"a message of {size} bytes to {what}, whose max_message is {self.max_message}"
@@ -295,10 +295,10 @@ class MessageQueue(PosixQueue):
 
         Returns: bytes of the message.
         Raises: as recv(); OSError EMSGSIZE for a smaller buffer, whatever message waits: the kernel can't
-            tell its size before it is taken; TypeError for a read-only buffer.
+            tell its size before it is taken; TypeError for a read-only buffer, BufferError for one with gaps.
         """
         with ExitStack() as pinned:
-            target = pin(buffer, pinned, True)
+            target = pin(buffer, pinned, True, "buffer")
             if len(target) < self.max_message:
                 short = f"a buffer of {len(target)} bytes for {self._what}"
                 check(-errno.EMSGSIZE, f"{short}, whose max_message is {self.max_message}")
@@ -310,9 +310,7 @@ class MessageQueue(PosixQueue):
 
     # As _recv(), for large messages and what was refused.
     def _recv_many(self, max: int | None = None, *, timeout: float | None = None) -> list[bytes]:
-        most = self._queue.max_messages if max is None else max
-        if most < 1:
-            raise ValueError(f"max must be None or at least 1, not {max}")
+        most = most_of(max) or self._queue.max_messages
         got = [self.recv(timeout=timeout)]
         with suppress(TimeoutError):
             while len(got) < most:

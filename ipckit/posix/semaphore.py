@@ -8,11 +8,11 @@ from typing import Any, Literal, NoReturn, TypeVar
 import posix_ipc
 
 from ipckit import registry
+from ipckit._arguments import integer, permissions, user
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.posix.names import (
     check_exclusive,
-    check_mode,
     check_name,
     look,
     told,
@@ -62,11 +62,9 @@ class Semaphore:
     ) -> None:
         self.name = check_name(name, _LONGEST)
         self._what = f"POSIX semaphore {name!r}"
-        self._path, self._owner = f"/dev/shm/sem.{name[1:]}", owner
-        check_mode(mode)
+        self._path, self._owner = f"/dev/shm/sem.{name[1:]}", user(owner, "owner")
+        mode, value = permissions(mode), integer(value, "value", 0, _LARGEST)
         check_exclusive(create, exclusive)
-        if not 0 <= value <= _LARGEST:
-            raise ValueError(f"value must be from 0 to {_LARGEST}, not {value}")
         with registry.entering(self._what):
             (handle, found), created = registry.make_or_open(
                 lambda: self._make(value, mode), self._find, create, exclusive

@@ -4,12 +4,12 @@
 import errno
 from collections.abc import Callable
 
+from ipckit._arguments import INT_MAX, integer, permissions, user
 from ipckit.errors import check
 from ipckit.unpatched import os
 
 __all__ = ["Key", "ftok"]
 
-_LARGEST_OWNER = (1 << 31) - 2
 PRIVATE = 0  # IPC_PRIVATE: no key at all, a new object each time
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -28,8 +28,7 @@ def ftok(path: Path, project: int) -> int:
     Raises: FileNotFoundError (ENOENT) and what else stat(2) gives, naming *path*; ValueError for a
         project of which ftok(3) would use only the low 8 bits, or that is 0.
     """
-    if not 1 <= project <= 255:
-        raise ValueError(f"project must be a number from 1 to 255, not {project}")
+    project = integer(project, "project", 1, 255)
     status = os.stat(path)
     return _signed(project << 24 | (status.st_dev & 0xFF) << 16 | status.st_ino & 0xFFFF)
 
@@ -50,11 +49,10 @@ def key_of(key: Key) -> int:
         return ftok(*key)
     if key is None:
         return PRIVATE
-    if not isinstance(key, int):
-        raise TypeError(f"key must be a number, (path, project) or None, not {key!r}")
-    if key == PRIVATE or not -(1 << 31) <= key < 1 << 32:
-        raise ValueError(f"key must be a 32-bit number but 0, or None for a private object; not {key}")
-    return _signed(key)
+    number = integer(key, "key", -INT_MAX - 1, (1 << 32) - 1)
+    if number == PRIVATE:
+        raise ValueError("key must be None for a private object, not 0")
+    return _signed(number)
 
 
 def shown(key: int) -> str:
@@ -62,12 +60,11 @@ def shown(key: int) -> str:
     return "private" if key == PRIVATE else f"key {key & 0xFFFFFFFF:#010x}"
 
 
-def check_creation(create: bool, exclusive: bool, mode: int) -> None:
-    """Raises: ValueError for a mode that is more than permissions, and *exclusive* without *create*."""
-    if not 0 <= mode <= 0o777:
-        raise ValueError(f"mode must be permissions from 0 to 0o777, not {mode:#o}")
+def check_creation(create: bool, exclusive: bool, mode: int) -> int:
+    """The mode. Raises: ValueError for *exclusive* without *create*; as permissions()."""
     if exclusive and not create:
         raise ValueError("exclusive=True needs create=True")
+    return permissions(mode)
 
 
 def check_known(rc: int, what: str) -> int:
@@ -84,12 +81,9 @@ def check_set(rc: int, known: int, what: str) -> int:
 
 
 def changes(mode: int | None, uid: int | None, gid: int | None) -> list[int]:
-    """The three as C takes them for IPC_SET: -1 leaves as it is. Raises: ValueError."""
-    check_creation(True, False, mode or 0)
-    for name, value in (("uid", uid), ("gid", gid)):
-        if value is not None and not 0 <= value <= _LARGEST_OWNER:
-            raise ValueError(f"{name} must be a number from 0 to {_LARGEST_OWNER}, not {value}")
-    return [-1 if value is None else value for value in (mode, uid, gid)]
+    """The three as C takes them for IPC_SET: -1 leaves as it is. Raises: as permissions() and user()."""
+    given = None if mode is None else permissions(mode), user(uid, "uid"), user(gid, "gid")
+    return [-1 if value is None else value for value in given]
 
 
 def find_or_create(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ipckit import limits, procfs, registry
+from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.memory import Views, fault_in
@@ -89,7 +90,7 @@ def in_use(ident: int) -> bool:
 
     The answer is of the moment: who knows the id or the key may attach right afterwards.
     """
-    return _others(ident, 0)
+    return _others(integer(ident, "ident", 0, INT_MAX), 0)
 
 
 # --- mapping ---------------------------------------------------------------------------------------
@@ -224,9 +225,7 @@ class SharedMemory(Views):
         """
         number = key_of(key)
         create = create or number == PRIVATE
-        check_creation(create, exclusive, mode)
-        if size < 0 or (create and size == 0):
-            raise ValueError(f"size must be a number of bytes > 0, not {size}")
+        mode, size = check_creation(create, exclusive, mode), integer(size, "size", 1 if create else 0)
         with registry.entering(f"System V segment ({shown(number)})"):
             ident, created = find_or_create(
                 lambda: lib.ik_sysv_memory_find(number),
@@ -245,7 +244,7 @@ class SharedMemory(Views):
 
         Raises: FileNotFoundError (ENOENT) if there is none; PermissionError (EACCES).
         """
-        self = cls.__new__(cls)
+        self, ident = cls.__new__(cls), integer(ident, "ident", 0, INT_MAX)
         with registry.entering(f"System V segment {ident}"):
             self._take(ident, PRIVATE, 0, readonly, False)
         return self
@@ -332,8 +331,9 @@ class SharedMemory(Views):
         Raises: PermissionError (EPERM); OSError EIDRM, or EINVAL where owner or group is none of this user
             namespace; Closed. See shmctl(2), IPC_SET.
         """
+        who = changes(mode, uid, gid)
         self._open()
-        set_rc = lib.ik_sysv_memory_set(self._id, *changes(mode, uid, gid))
+        set_rc = lib.ik_sysv_memory_set(self._id, *who)
         rc, status = _status(self._id)
         check_set(set_rc, rc, f"setting {self._what}")
         if rc == 0 and self._member:  # else the new mode keeps us out, too

@@ -9,13 +9,14 @@ asyncio stand on a thread that waits without taking anything out. Nothing polls.
 
 import errno
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
 from ipckit import _hot, limits, registry
+from ipckit._arguments import INT_MAX, LONG_MAX, Buffer, as_bytes, integer, most_of, pin
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.sysv.keys import (
@@ -28,7 +29,6 @@ from ipckit.sysv.keys import (
     key_of,
     shown,
 )
-from ipckit.vectored import Buffer
 from ipckit.wait import NOW, READ, deadline, ready
 
 __all__ = ["Message", "MessageQueue", "QueueStat"]
@@ -38,8 +38,6 @@ _send = lib.ik_sysv_queue_send
 _recv = lib.ik_sysv_queue_recv
 _class = type  # the name means the type of a message below
 _MOST = 256  # messages that come at once
-_LONG_MAX = (1 << 63) - 1
-_INT_MAX = (1 << 31) - 1
 
 _Block = tuple[Any, Any]  # an ik_sysv_message and a buffer of its text
 
@@ -96,16 +94,18 @@ def _refuse(rc: int, key: int) -> NoReturn:
 
 
 def _check_max_bytes(max_bytes: int) -> int:
-    if not 1 <= max_bytes <= _INT_MAX:
-        raise ValueError(f"max_bytes must be a number of bytes from 1 to {_INT_MAX}, not {max_bytes}")
-    return max_bytes
+    return integer(max_bytes, "max_bytes", 1, INT_MAX)
 
 
-def _check_wanted(type: int, all_but: bool) -> None:
-    if all_but and type < 1:
-        raise ValueError(f"all_but=True needs a type >= 1 to leave out, not {type}")
-    if not -_LONG_MAX <= type <= _LONG_MAX:
-        raise ValueError(f"the type of a message must fit 64 bits, not {type}")
+def _check_type(type: int) -> int:
+    return integer(type, "type", 1, LONG_MAX)
+
+
+def _check_wanted(type: int, all_but: bool) -> int:
+    wanted = integer(type, "type", -LONG_MAX, LONG_MAX)
+    if all_but and wanted < 1:
+        raise ValueError(f"all_but=True needs a type >= 1 to leave out, not {wanted}")
+    return wanted
 
 
 def _wanted(type: int, all_but: bool, found: int) -> bool:
@@ -151,11 +151,11 @@ class MessageQueue(_hot.SysvQueue):
         """
         number = key_of(key)
         makes = create or number == PRIVATE
-        check_creation(makes, exclusive, mode)
+        mode = check_creation(makes, exclusive, mode)
+        if max_bytes is not None:
+            max_bytes = _check_max_bytes(max_bytes)
         if max_bytes is not None and not makes:
             raise ValueError("max_bytes is for a queue that is made here: it needs create=True")
-        if max_bytes is not None:
-            _check_max_bytes(max_bytes)
         with registry.entering(f"System V queue ({shown(number)})"):
             ident, created = _get(number, makes, exclusive, mode)
             if ident < 0:
@@ -172,9 +172,7 @@ class MessageQueue(_hot.SysvQueue):
 
         Raises: FileNotFoundError (ENOENT) if there is none, or none any more. See msgctl(2).
         """
-        if not 0 <= ident <= _INT_MAX:
-            raise ValueError(f"the id of a queue is a number from 0 to {_INT_MAX}, not {ident}")
-        self = cls.__new__(cls)
+        self, ident = cls.__new__(cls), integer(ident, "ident", 0, INT_MAX)
         with registry.entering(f"System V queue {ident}"):
             self._open(ident, PRIVATE)
             self._key = self._key_of_id()
@@ -222,12 +220,10 @@ class MessageQueue(_hot.SysvQueue):
 
     def _send(self, data: Buffer, *, type: int = 1, timeout: float | None = None) -> None:
         """What send() in C leaves: waiting, errors, other buffers than bytes."""
-        deadline_ns = deadline(timeout)
-        self._send_until(bytes(memoryview(data)), type, deadline_ns)
+        type, deadline_ns = _check_type(type), deadline(timeout)
+        self._send_until(as_bytes(data), type, deadline_ns)
 
     def _send_until(self, data: bytes, type: int, deadline_ns: int) -> None:
-        if not 1 <= type <= _LONG_MAX:
-            raise ValueError(f"the type of a message must be >= 1 and fit 64 bits, not {type}")
         while rc := _send(self._queue, data, len(data), type, deadline_ns):
             if rc != -errno.EINTR:
                 self._not_sent(rc, len(data))
@@ -238,10 +234,10 @@ class MessageQueue(_hot.SysvQueue):
         Returns: how many were sent: all, or fewer when an error or the timeout came after the first.
         Raises: as send(), if none was sent; EMSGSIZE for one over kernel.msgmax before any is.
         """
-        deadline_ns = deadline(timeout)
+        type, deadline_ns = _check_type(type), deadline(timeout)
         blocks: tuple[Any, ...] = tuple(messages)
         if not {*map(_class, blocks)} <= {bytes}:
-            blocks = tuple(bytes(memoryview(data)) for data in blocks)
+            blocks = tuple(as_bytes(data, "messages") for data in blocks)
         self._check_size(max(map(len, blocks), default=0))
         done, count = 0, len(blocks)
         while done < count:
@@ -263,10 +259,10 @@ class MessageQueue(_hot.SysvQueue):
         took it in that very moment: then the CancelledError that this raises says "the message was sent"
         (another task that awaits this one sees that from Python 3.11 on).
         """
-        deadline_ns = deadline(timeout)
+        type, deadline_ns = _check_type(type), deadline(timeout)
         with suppress(TimeoutError):
             return self.send(data, type=type, timeout=0)
-        data = bytes(memoryview(data))
+        data = as_bytes(data)
         sender = self._helper("send", lib.ik_sysv_queue_sender, data, len(data), type)
         try:
             await self._asend_by(sender, deadline_ns)
@@ -299,14 +295,14 @@ class MessageQueue(_hot.SysvQueue):
 
     def _check_size(self, size: int) -> None:
         """Raises: OSError EMSGSIZE for a size over kernel.msgmax."""
-        if size > self._room and size > (limits.value("kernel.msgmax") or _INT_MAX):
+        if size > self._room and size > (limits.value("kernel.msgmax") or INT_MAX):
             advice = limits.advice("kernel.msgmax", size)
             raise OSError(errno.EMSGSIZE, f"message of {size} bytes to {self._name}: {advice}")
 
     def _too_large(self, size: int) -> NoReturn:
         most = self.stat().max_bytes
         how = "raise it with set(max_bytes=...)"
-        if size > (limits.value("kernel.msgmnb") or _INT_MAX):
+        if size > (limits.value("kernel.msgmnb") or INT_MAX):
             how += f"; {limits.advice('kernel.msgmnb', size)}"
         text = f"message of {size} bytes to {self._name}, whose max_bytes is {most}; {how}"
         raise OSError(errno.EMSGSIZE, text)
@@ -321,7 +317,7 @@ class MessageQueue(_hot.SysvQueue):
         return self._message_until(type, all_but, deadline_ns).data
 
     def _message_until(self, type: int, all_but: bool, deadline_ns: int) -> Message:
-        _check_wanted(type, all_but)
+        type = _check_wanted(type, all_but)
         size, block = self._go_on(-errno.EINTR, self._spare(), type, all_but, deadline_ns)
         message = Message(block[1][:size], block[0].type)
         self._blocks.append(block)
@@ -338,22 +334,17 @@ class MessageQueue(_hot.SysvQueue):
 
         Returns: bytes of the message.
         Raises: as recv(); OSError EMSGSIZE if the message is larger than *buffer*: it stays in the queue;
-            TypeError for a read-only buffer or one that is not C-contiguous.
+            TypeError for a read-only buffer, BufferError for one with gaps.
         """
-        view = memoryview(buffer)
-        if view.readonly:
-            raise TypeError(f"can't receive into a read-only {_class(buffer).__name__}")
-        if not view.c_contiguous:
-            raise TypeError(f"{_class(buffer).__name__} must be C-contiguous")
-        deadline_ns = deadline(timeout)
-        _check_wanted(type, all_but)
-        size, block = self._within_room(view.nbytes, type, all_but, deadline_ns)
-        if size == -errno.E2BIG:
-            self._too_small(view.nbytes, type, all_but)
-        if size < 0:
-            self._fail("recv", size)
-        if size:
-            view.cast("B")[:size] = block[1][:size]
+        type, deadline_ns = _check_wanted(type, all_but), deadline(timeout)
+        with ExitStack() as pinned:
+            target = pin(buffer, pinned, True, "buffer")
+            size, block = self._within_room(len(target), type, all_but, deadline_ns)
+            if size == -errno.E2BIG:
+                self._too_small(len(target), type, all_but)
+            if size < 0:
+                self._fail("recv", size)
+            ffi.memmove(target, block[1], size)
         self._blocks.append(block)
         return size
 
@@ -370,10 +361,8 @@ class MessageQueue(_hot.SysvQueue):
         Args: max: the most to return; the rest stays in the queue. The others as recv().
         Raises: as recv(), if there was no message before the error.
         """
-        if max is not None and max < 1:
-            raise ValueError(f"max must be None or at least 1, not {max}")
-        deadline_ns = deadline(timeout)
-        _check_wanted(type, all_but)
+        max, deadline_ns = most_of(max), deadline(timeout)
+        type = _check_wanted(type, all_but)
         got = self._ready(max or _MOST, type, all_but) or [self._recv_until(type, all_but, deadline_ns)]
         # Without a limit no more than there are now, or a busy sender would keep us for ever.
         most = max or len(got) + self._now_in_it()
@@ -404,7 +393,7 @@ class MessageQueue(_hot.SysvQueue):
         self, *, type: int = 0, all_but: bool = False, timeout: float | None = None
     ) -> Message:
         """As arecv(), with the type of the message."""
-        deadline_ns = deadline(timeout)
+        type, deadline_ns = _check_wanted(type, all_but), deadline(timeout)
         while True:
             with suppress(TimeoutError):
                 return self.recv_message(type=type, all_but=all_but, timeout=0)
@@ -426,8 +415,7 @@ class MessageQueue(_hot.SysvQueue):
         Raises: OSError ENOMSG past the end; ENOSYS where the kernel can't (Linux with
             CONFIG_CHECKPOINT_RESTORE only). See MSG_COPY in msgrcv(2).
         """
-        if index < 0:
-            raise ValueError(f"index must be >= 0, not {index}")
+        index = integer(index, "index", 0, LONG_MAX)
         block = self._spare()
         while (size := lib.ik_sysv_queue_peek(block[0], index)) == -errno.E2BIG:
             block = self._block(2 * block[0].room)
@@ -594,7 +582,7 @@ class MessageQueue(_hot.SysvQueue):
 
     def _change(self, max_bytes: int, mode: int, uid: int, gid: int) -> None:
         rc = lib.ik_sysv_queue_set(self._queue, max_bytes, mode, uid, gid)
-        if rc == -errno.EPERM and max_bytes > (limits.value("kernel.msgmnb") or _INT_MAX):
+        if rc == -errno.EPERM and max_bytes > (limits.value("kernel.msgmnb") or INT_MAX):
             advice = limits.advice("kernel.msgmnb", max_bytes)
             raise PermissionError(errno.EPERM, f"max_bytes of {max_bytes}: {advice}", self._what("set"))
         if rc == -errno.EINVAL:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ipckit import limits, registry
+from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.sysv.keys import (
@@ -67,9 +68,7 @@ def _status(ident: int) -> tuple[int, Any]:
 
 
 def _check_value(value: int) -> int:
-    if not 0 <= value <= _LARGEST:
-        raise ValueError(f"value must be a number from 0 to {_LARGEST}, not {value}")
-    return value
+    return integer(value, "value", 0, _LARGEST)
 
 
 class Semaphore:
@@ -105,8 +104,7 @@ class Semaphore:
         """
         number = key_of(key)
         create = create or number == PRIVATE
-        check_creation(create, exclusive, mode)
-        _check_value(value)
+        mode, value = check_creation(create, exclusive, mode), _check_value(value)
         with registry.entering(f"System V semaphore ({shown(number)})"):
             ident, created = find_or_create(
                 lambda: lib.ik_sysv_semaphore_find(number),
@@ -122,7 +120,7 @@ class Semaphore:
 
         Raises: FileNotFoundError (ENOENT) if there is none; PermissionError (EACCES).
         """
-        self = cls.__new__(cls)
+        self, ident = cls.__new__(cls), integer(ident, "ident", 0, INT_MAX)
         with registry.entering(f"System V semaphore {ident}"):
             self._take(ident, PRIVATE, None, undo, False)
         return self
@@ -289,8 +287,9 @@ class Semaphore:
         Raises: PermissionError (EPERM); OSError EIDRM, or EINVAL where owner or group is none of this user
             namespace; Closed. See semctl(2), IPC_SET.
         """
+        who = changes(mode, uid, gid)
         self._open()
-        rc = lib.ik_sysv_semaphore_set(self._id, *changes(mode, uid, gid))
+        rc = lib.ik_sysv_semaphore_set(self._id, *who)
         check_set(rc, _status(self._id)[0], f"setting {self}")
         self._refresh()
 
