@@ -19,13 +19,15 @@ of its own: connect, one echo, half-close, end of file; there is no such byte th
 
 import errno
 import ipaddress
+import math
 import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ipckit import procfs
+from ipckit import _arguments, procfs, wait
+from ipckit._arguments import LONG_MAX, integer, nanoseconds, seconds
 from ipckit._native import ffi, lib
 from ipckit.errors import Closed, check
 from ipckit.handles import Rooted, finalizer
@@ -144,12 +146,28 @@ def _raise_descriptor_limit(connections: int) -> "tuple[int, int] | None":
     return soft, hard
 
 
-def _check_options(options: "dict[str, Any]") -> None:
-    most: dict[str, float] = {"connections": MOST_CONNECTIONS, "size": LARGEST}
-    for name, value in options.items():
-        least = 0 if name in ("idle", "warm_up") else 1 if isinstance(value, int) else 1e-9
-        if value is not None and not least <= value <= most.get(name, 1e9):
-            raise ValueError(f"{name} must be {least:g} to {most.get(name, 1e9):g}, not {value!r}")
+def _count(value: int, name: str, least: int = 1, most: int = 10**9) -> int:
+    return integer(value, name, least, most)
+
+
+def _warm_up_ns(warm_up: float) -> int:
+    limit = seconds(warm_up, "warm_up")
+    if limit == math.inf:
+        raise ValueError(f"warm_up must be a number of seconds that comes to an end, not {warm_up!r}")
+    return int(limit * 1e9)
+
+
+def _interval(rate: float | None) -> float:
+    """Nanoseconds between two messages; 0 for a closed loop."""
+    if rate is None:
+        return 0
+    try:
+        number = seconds(rate, "rate")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"rate must be None or a number of messages per second, not {rate!r}") from None
+    if not 0 < number <= 1e9:
+        raise ValueError(f"rate must be more than 0 to 1e9 messages per second, not {rate!r}")
+    return 1e9 / number
 
 
 class Load(Rooted):
@@ -191,13 +209,15 @@ class Load(Rooted):
         timeout: float = 10.0,
         i_own_this_host: bool = False,
     ) -> None:
-        counts = {"connections": connections, "size": size, "messages": messages, "idle": idle}
-        _check_options(counts | {"duration": duration, "rate": rate, "warm_up": warm_up, "timeout": timeout})
+        connections = _count(connections, "connections", most=MOST_CONNECTIONS)
+        size, idle = _count(size, "size", most=LARGEST), _count(idle, "idle", least=0)
         options = ffi.new("ik_load_options *")
         options.connections, options.size, options.idle = connections, size, idle
-        options.messages, options.reconnect = messages or 0, reconnect
-        options.duration_ns, options.warm_up_ns = int((duration or 0) * 1e9), int(warm_up * 1e9)
-        options.timeout_ns, options.interval_ns = int(timeout * 1e9), 1e9 / rate if rate else 0
+        options.messages = 0 if messages is None else _count(messages, "messages")
+        options.reconnect, options.interval_ns = reconnect, _interval(rate)
+        options.duration_ns = nanoseconds(_arguments.duration(duration, "duration"))
+        options.timeout_ns = nanoseconds(_arguments.duration(timeout, "timeout")) or LONG_MAX
+        options.warm_up_ns = _warm_up_ns(warm_up)
         self._asked = (connections, idle, size, reconnect, rate)
         self._strings = self._point(options, address, i_own_this_host)
         self._limits = _raise_descriptor_limit(connections + idle)
@@ -217,7 +237,7 @@ class Load(Rooted):
             self.target = os.fspath(address)
             options.path = path = ffi.new("char[]", os.fsencode(address))
             return path
-        host, port = _resolve(*address, i_own_this_host)
+        host, port = _resolve(address[0], integer(address[1], "port", 1, 65535), i_own_this_host)
         self.target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         options.host = name = ffi.new("char[]", host.encode())
         options.port = port
@@ -231,7 +251,8 @@ class Load(Rooted):
         Block for that time, in the kernel or in C without the GIL; a signal ends the step early, after
         its Python handler has run. Raises: Closed; OSError of epoll_wait(2).
         """
-        done: int = lib.ik_load_run(self._open(), time.monotonic_ns() + int(seconds * 1e9))
+        end = wait.deadline(seconds, "seconds")
+        done: int = lib.ik_load_run(self._open(), LONG_MAX if end == wait.FOREVER else end)
         return False if done == -errno.EINTR else bool(check(done, self.target))
 
     def stop(self) -> None:

@@ -128,6 +128,7 @@ def test_a_log_in_use_is_one_line(tmp_path):
     "options",
     [
         ("--port", "65536"), ("--port", "x"), ("--max-children", "0"), ("--idle-timeout", "0"), ("--idle-timeout", "-1"),
+        ("--idle-timeout", "nan"), ("--stop-timeout", "soon"), ("--total-timeout", "-inf"),
         ("--max-connections", "0"), ("--total-timeout", "0"), ("--max-output", "0"), ("--service", "nothing"),
         ("--model", "magic"), ("--format", "xml"), ("--durability", "very"), ("--log", "."), ("--unknown",), ("extra",),
     ],
@@ -243,7 +244,28 @@ def test_values_that_do_not_go_together_are_status_2(tmp_path):
     options = ("--model", "prefork", "--min-spare", "9", "--max-spare", "2", "--port", "0")
     status, _, errors = run("serve", *options, "--log", tmp_path / "log")
     assert status == 2
-    assert "Error: max_spare must be at least 9, not 2" in errors
+    assert "Error: max_spare must be an integer from 9 to 2147483647, not 2" in errors
+
+
+@pytest.mark.parametrize("command", ["serve", "load"])
+def test_a_socket_without_a_path_is_status_2(tmp_path, command):
+    for path, why in (
+        ("", "a socket's path can't be empty"),
+        ("x" * 108, "has 108 bytes, a socket's path at most 107"),
+    ):
+        status, out, errors = run(command, "--unix", path, cwd=tmp_path)
+        assert (status, out) == (2, "")
+        assert why in errors
+        assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_end_of_the_time(tmp_path):
+    options = ("--idle-timeout", "inf", "--total-timeout", "1e300", "--stop-timeout", "inf")
+    with Served(tmp_path / "log", *options) as server:
+        with server.connect() as client:
+            assert exchange(client, b"x") == b"x"
+        assert server.stop()[0] == 0
 
 
 def test_no_log(tmp_path):

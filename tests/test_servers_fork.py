@@ -330,9 +330,9 @@ def test_errors_of_accept_that_concern_one_connection_are_passed_over(tmp_path):
 
 def test_bad_options_name_the_value():
     with listen() as listener:
-        with pytest.raises(ValueError, match="max_children must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="max_children must be an integer from 1 to .*, not 0"):
             ForkServer(listener, None, max_children=0)
-        with pytest.raises(ValueError, match="idle_timeout must be None or more than 0 seconds, not -1"):
+        with pytest.raises(ValueError, match="idle_timeout must be None or a number of seconds >= 0, not -1"):
             ForkServer(listener, None, idle_timeout=-1)
         with pytest.raises(OSError, match="in use") as caught:
             listen(*listener.getsockname())

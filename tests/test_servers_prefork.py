@@ -596,10 +596,10 @@ def test_a_supervisor_that_stands_still_keeps_nobody_waiting(start_pool, capfd):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"min_spare": 0}, "min_spare must be at least 1, not 0"),
-        ({"max_spare": 3}, "max_spare must be at least 4, not 3"),
-        ({"max_children": 0}, "max_children must be at least 1, not 0"),
-        ({"max_requests": -1}, "max_requests must be at least 0, not -1"),
+        ({"min_spare": 0}, "min_spare must be an integer from 1 to 2147483647, not 0"),
+        ({"max_spare": 3}, "max_spare must be an integer from 4 to 2147483647, not 3"),
+        ({"max_children": 0}, "max_children must be an integer from 1 to 2147483647, not 0"),
+        ({"max_requests": -1}, "max_requests must be an integer from 0 to 2147483647, not -1"),
     ],
 )
 def test_bad_options_name_the_value(options, text):

@@ -367,7 +367,7 @@ def test_options_out_of_range():
     with listen() as listener:
         with pytest.raises(ValueError, match="variant must be one of sigurg, pollpri, not 'poll'"):
             UrgentServer(listener, variant="poll")
-        with pytest.raises(ValueError, match="max_connections must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="max_connections must be an integer from 1 to .*, not 0"):
             UrgentServer(listener, max_connections=0)
         with pytest.raises(ValueError, match="idle_timeout must be None or more than 0 seconds, not 0"):
             UrgentServer(listener, idle_timeout=0)

@@ -4,10 +4,42 @@
 import contextlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import click
 
-from ipckit import __version__
+from ipckit import __version__, _arguments
+from ipckit.sockets import check_path
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """As every room takes them, "inf" too."""
+
+    name = "seconds"
+
+    def __init__(self, *, zero: bool = False) -> None:
+        self._zero = zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = _arguments.seconds(float(value), "it")
+        except ValueError:
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        if seconds == 0 and not self._zero:
+            self.fail(f"{value!r} is not more than 0 seconds.", param, ctx)
+        return seconds
+
+
+class SocketPath(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """What a socket file can be called."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return check_path(value)
+        except (ValueError, OSError) as error:
+            self.fail(str(getattr(error, "filename", None) or error), param, ctx)
 
 
 @contextlib.contextmanager

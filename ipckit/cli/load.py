@@ -3,21 +3,20 @@
 
 import dataclasses
 import json
+import math
 import sys
 from typing import Any
 
 import click
 
-from ipckit.cli.commands import group, one_line
+from ipckit.cli.commands import Seconds, SocketPath, group, one_line
 from ipckit.load import LARGEST, MOST_CONNECTIONS, Load, LoadReport
-
-_SECONDS = click.FloatRange(min=0, min_open=True, max=1e6)
 
 
 @group.command()
 @click.argument("host", required=False)
 @click.argument("port", type=click.IntRange(1, 65535), required=False)
-@click.option("--unix", metavar="PATH", help="A Unix socket, in place of HOST PORT.")
+@click.option("--unix", type=SocketPath(), metavar="PATH", help="A Unix socket, in place of HOST PORT.")
 @click.option(
     "--connections",
     metavar="N",
@@ -42,7 +41,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True, max=1e6)
 )
 @click.option(
     "--duration",
-    type=_SECONDS,
+    type=Seconds(),
     metavar="SECONDS",
     help="How long to count; the end of --messages comes first if it does.  [default: 5, or as long as "
     "--messages take]",
@@ -65,7 +64,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True, max=1e6)
 )
 @click.option(
     "--warm-up",
-    type=click.FloatRange(min=0, max=1e6),
+    type=Seconds(zero=True),
     default=0.0,
     show_default=True,
     metavar="SECONDS",
@@ -73,7 +72,7 @@ _SECONDS = click.FloatRange(min=0, min_open=True, max=1e6)
 )
 @click.option(
     "--timeout",
-    type=_SECONDS,
+    type=Seconds(),
     default=10.0,
     show_default=True,
     metavar="SECONDS",
@@ -129,7 +128,7 @@ def _run(running: Load, duration: float | None, messages: int | None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[did]}"))
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("opening", total=duration, did="")
+        task = bar.add_task("opening", total=None if duration == math.inf else duration, did="")
         while not _step(running):
             now = running.progress()
             did = f"{now.open:,} open, {now.count:,} echoes" + (f", {now.errors:,} errors" * bool(now.errors))

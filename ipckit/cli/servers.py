@@ -15,14 +15,14 @@ from typing import Any
 import click
 
 from ipckit.cli import serving
-from ipckit.cli.commands import group, one_line
+from ipckit.cli.commands import Seconds, SocketPath, group, one_line
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, Server, Service, listening, server_class
 from ipckit.servers import client as split_client
 from ipckit.signals import blocked, sigaction
 from ipckit.unpatched import os, signal
 
-_SECONDS = click.FloatRange(min=0, min_open=True)
+_SECONDS = Seconds()
 _COUNT = click.IntRange(min=1)
 _PORT = click.IntRange(0, 65535)
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Server takes them
@@ -135,7 +135,13 @@ def _keyword(option: str) -> str:
     show_default=True,
     help="The port to listen on; 0 takes a free one and prints it.",
 )
-@click.option("--unix", multiple=True, metavar="PATH", help="A socket file to listen on; also several times.")
+@click.option(
+    "--unix",
+    type=SocketPath(),
+    multiple=True,
+    metavar="PATH",
+    help="A socket file to listen on; also several times.",
+)
 @click.option("--activated", is_flag=True, help="Listen on the sockets that systemd passes (LISTEN_FDS).")
 @_log_option("The file to which each message is appended; a server has one of its own.")
 @click.option("--no-log", is_flag=True, help="Log no messages.")

@@ -50,7 +50,7 @@ class AsyncioServer(Server):
         uvloop: bool | None = None,
         **options: Any,
     ) -> None:
-        self._asyncio = new_event_loop(uvloop)
+        self._uvloop = uvloop
         super().__init__(listeners, log, **options)
         self._clients: set[Client] = set()
         self._waiting: deque[Client] = deque()  # for the log
@@ -61,6 +61,7 @@ class AsyncioServer(Server):
         self._view = memoryview(ffi.buffer(self._block, lib.ik_connection_most(form)))
 
     def _new_loop(self) -> Loop:
+        self._asyncio = new_event_loop(self._uvloop)
         return AsyncioLoop(self._asyncio)
 
     def _open(self) -> int:

@@ -4,7 +4,8 @@
 import asyncio
 from collections.abc import Callable
 
-from ipckit.servers.loop import READ, WRITE, Handler, HasFileno, Loop, number_of
+from ipckit._arguments import Descriptor, fileno_of
+from ipckit.servers.loop import READ, WRITE, Handler, Loop, delay
 from ipckit.unpatched import time
 
 __all__ = ["AsyncioLoop", "new_event_loop"]
@@ -32,22 +33,22 @@ class AsyncioLoop(Loop):
         self.asyncio = loop
         self._failure: BaseException | None = None
 
-    def watch(self, source: "HasFileno | int", events: int, handler: Handler) -> None:
-        fd = number_of(source)
+    def watch(self, source: Descriptor, events: int, handler: Handler) -> None:
+        fd = fileno_of(source, "source")
         self.handlers[fd] = handler
         if events & READ:
             self.asyncio.add_reader(fd, self._call, handler, READ)
         if events & WRITE:
             self.asyncio.add_writer(fd, self._call, handler, WRITE)
 
-    def forget(self, source: "HasFileno | int") -> None:
-        fd = number_of(source)
+    def forget(self, source: Descriptor) -> None:
+        fd = fileno_of(source, "source")
         if self.handlers.pop(fd, None) is not None:
             self.asyncio.remove_reader(fd)
             self.asyncio.remove_writer(fd)
 
     def after(self, seconds: float, handler: Callable[[], object]) -> None:
-        self.asyncio.call_later(seconds, self._call, handler)
+        self.asyncio.call_later(delay(seconds, "seconds"), self._call, handler)
 
     def every(self, seconds: float, handler: Callable[[], object]) -> None:
         def again() -> None:

@@ -7,10 +7,12 @@ Neither waits for the other, so what is typed is sent at once and what comes is 
 
 import contextlib
 import errno
+import math
 import socket
 from collections.abc import Iterator
 
 from ipckit import sockets
+from ipckit._arguments import fileno_of, integer, seconds
 from ipckit.errors import check
 from ipckit.process import Child, fork
 from ipckit.unpatched import select, signal
@@ -30,7 +32,8 @@ def run(host: str, port: int, *, stdin: int = 0, stdout: int = 1, timeout: float
         goes away.
     Fork: forks one child, which ends before run() returns.
     """
-    with _connected(host, port, timeout) as connection:
+    stdin, stdout = fileno_of(stdin, "stdin"), fileno_of(stdout, "stdout")
+    with _connected(host, integer(port, "port", 1, 65535), timeout) as connection:
         connection.settimeout(None)
         with fork(
             _send_keyboard,
@@ -46,8 +49,9 @@ def run(host: str, port: int, *, stdin: int = 0, stdout: int = 1, timeout: float
 
 
 def _connected(host: str, port: int, timeout: float | None) -> socket.socket:
+    limit = seconds(timeout)
     try:
-        return socket.create_connection((host, port), timeout)
+        return socket.create_connection((host, port), None if limit == math.inf else limit)
     except TimeoutError:
         check(-errno.ETIMEDOUT, f"connect to {host}:{port}")
         raise

@@ -9,6 +9,7 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Any
 
+from ipckit._arguments import as_bytes, nanoseconds
 from ipckit._native import ffi, lib
 from ipckit.errors import check
 from ipckit.servers.service import EchoService, Service
@@ -39,7 +40,10 @@ _log = logging.getLogger("ipckit.servers")
 
 
 class Terms:
-    """What all connections of a server have in common: log, deadlines, limits, counters, service."""
+    """What all connections of a server have in common: log, deadlines, limits, counters, service.
+
+    Args: idle_timeout, total_timeout: as duration() gives them.
+    """
 
     def __init__(
         self,
@@ -47,8 +51,8 @@ class Terms:
         log: Any,
         counters: Any,
         *,
-        idle_timeout: float | None,
-        total_timeout: float | None,
+        idle_timeout: float,
+        total_timeout: float,
         max_output: int,
     ) -> None:
         self.service = service
@@ -67,8 +71,7 @@ class Terms:
         form.log = log.native if log else ffi.NULL
         form.counters = counters
         form.max_output = max_output
-        form.idle_ns = int((idle_timeout or 0) * 1e9)
-        form.total_ns = int((total_timeout or 0) * 1e9)
+        form.idle_ns, form.total_ns = nanoseconds(idle_timeout), nanoseconds(total_timeout)
         self.tick: float | None = lib.ik_connection_tick_ns(form.idle_ns, form.total_ns) / 1e9 or None
         """seconds between two looks at the deadlines"""
 
@@ -151,13 +154,19 @@ class Connection:
 
     def _answer(self, method: Any, *piece: bytes) -> int:
         try:
-            answer = method(*piece)
+            answer = as_bytes(method(*piece), "the answer of a service")
             assert self.service is not None
             rc = self._send(answer, self.service.closing)
+            if self.native.end == lib.IK_END_TOO_MUCH:
+                self._tell_limit(len(answer))
         except Exception:
             _log.exception("connection %d from %s: the service failed", self.number, self.peer)
             rc = lib.ik_connection_abort(self.native, lib.IK_END_SERVICE_FAILED)
         return rc
+
+    def _tell_limit(self, size: int) -> None:
+        text = "connection %d from %s: an answer of %d bytes exceeds max_output, %d"
+        _log.warning(text, self.number, self.peer, size, self.native.max_output)
 
     def _send(self, answer: bytes, closing: bool) -> int:
         return int(lib.ik_connection_answer(self.native, answer, len(answer), closing))

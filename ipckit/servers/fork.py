@@ -13,6 +13,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
 from ipckit.messagelog import MessageLog
 from ipckit.process import Child, NativeMemory, Reaper, fork, fork_native
@@ -43,8 +44,7 @@ class ForkServer(Server):
         max_children: int = 64,
         **options: Any,
     ) -> None:
-        if max_children < 1:
-            raise ValueError(f"max_children must be at least 1, not {max_children}")
+        max_children = integer(max_children, "max_children", 1, INT_MAX)
         super().__init__(listeners, log, **options)
         self._max_connections = min(max_children, self._max_connections)
         self._reaper = Reaper()

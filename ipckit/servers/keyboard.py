@@ -3,7 +3,8 @@
 
 from collections.abc import Callable
 
-from ipckit.servers.loop import READ, HasFileno, Loop
+from ipckit._arguments import Descriptor, fileno_of
+from ipckit.servers.loop import READ, Loop
 from ipckit.unpatched import os
 
 __all__ = ["Keyboard"]
@@ -19,7 +20,7 @@ class Keyboard:
     Read by read(2) when it is ready, never ahead and never so that it blocks: a line may come in pieces.
     """
 
-    def __init__(self, source: "HasFileno | int", loop: Loop, leave: Callable[[], object]) -> None:
+    def __init__(self, source: Descriptor, loop: Loop, leave: Callable[[], object]) -> None:
         self._source = source
         self._loop = loop
         self._leave = leave
@@ -33,7 +34,7 @@ class Keyboard:
             return
 
     def _ready(self, _: int) -> None:
-        fd = self._source if isinstance(self._source, int) else self._source.fileno()
+        fd = fileno_of(self._source, "keyboard")
         if not _in_foreground(fd):  # a read would stop the whole server (SIGTTIN)
             self._loop.forget(fd)
             self._loop.after(_BACKGROUND_PAUSE, self.watch)

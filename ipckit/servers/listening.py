@@ -6,12 +6,14 @@ All give listening stream sockets, which any server of ``ipckit.servers`` takes,
 
 import errno
 import logging
+import math
 import socket
 import stat
 from contextlib import ExitStack, suppress
 from typing import Any
 
 from ipckit import procfs
+from ipckit._arguments import INT_MAX, integer, seconds
 from ipckit.errors import check
 from ipckit.sockets import SocketFile, bind_unix
 from ipckit.unpatched import os, time
@@ -32,6 +34,7 @@ def listen(host: str = "127.0.0.1", port: int = 0, *, backlog: int = socket.SOMA
 
     Raises: OSError EADDRINUSE, EACCES, ...; socket.gaierror for an unknown host. See listen(2).
     """
+    port, backlog = integer(port, "port", 0, 65535), integer(backlog, "backlog", 0, INT_MAX)
     family, kind, protocol, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -92,6 +95,7 @@ def listen_unix(
         TimeoutError (ETIMEDOUT); ValueError for an empty or abstract path, or another mode.
     Fork: a child may accept; only the maker's close() removes the file. See unix(7).
     """
+    backlog = integer(backlog, "backlog", 0, INT_MAX)
     with ExitStack() as undo:
         listener = undo.enter_context(UnixListener(socket.AF_UNIX, socket.SOCK_STREAM))
         listener._file = bind_unix(listener, path, mode=mode)
@@ -173,13 +177,13 @@ def notify(state: str, *, timeout: float | None = 5.0) -> bool:
         that is a warning in the log, because a server goes on when its manager doesn't listen.
     Threads and fork: any; a manager may listen to its main process only. See sd_notify(3).
     """
-    name = os.environ.get("NOTIFY_SOCKET")
+    limit, name = seconds(timeout), os.environ.get("NOTIFY_SOCKET")
     if not name:
         return False
     if "RELOADING=1" in state.split("\n"):
         state += f"\nMONOTONIC_USEC={time.monotonic_ns() // 1000}"
     try:
-        _tell(name, state, timeout)
+        _tell(name, state, None if limit == math.inf else limit)
     except OSError as error:
         _log.warning("%s: the service manager was not told %r: %s", name, state, error)
         return False

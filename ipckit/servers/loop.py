@@ -8,11 +8,13 @@ The poller is ``select.poll()``, ``select.epoll()`` or one like them: what has `
 import heapq
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+from ipckit import _arguments
+from ipckit._arguments import Descriptor, fileno_of
 from ipckit.unpatched import select, time
 
-__all__ = ["READ", "WRITE", "Handler", "HasFileno", "Loop", "number_of"]
+__all__ = ["READ", "WRITE", "Handler", "Loop", "delay"]
 
 READ: int = select.POLLIN
 WRITE: int = select.POLLOUT
@@ -22,10 +24,9 @@ Handler = Callable[[int], object]
 _LONGEST = 3600.0  # poll(2) counts in an int of milliseconds
 
 
-class HasFileno(Protocol):
-    """What can be watched."""
-
-    def fileno(self) -> int: ...
+def delay(value: float | None, name: str) -> float:
+    """Seconds that can be added to the clock: for ever is 30 years. Raises: as seconds()."""
+    return min(_arguments.seconds(value, name), 1e9)
 
 
 class Loop:
@@ -43,18 +44,18 @@ class Loop:
         self._moments: list[tuple[float, int, float | None, Callable[[], object]]] = []
         self._order = itertools.count()
 
-    def watch(self, source: "HasFileno | int", events: int, handler: Handler) -> None:
+    def watch(self, source: Descriptor, events: int, handler: Handler) -> None:
         """Call ``handler(events)`` whenever *source* is ready for one of *events*, fails or hangs up."""
-        fd = number_of(source)
+        fd = fileno_of(source, "source")
         self.poller.register(fd, events)
         self.handlers[fd] = handler
 
-    def watches(self, source: "HasFileno | int") -> bool:
-        return number_of(source) in self.handlers
+    def watches(self, source: Descriptor) -> bool:
+        return fileno_of(source, "source") in self.handlers
 
-    def forget(self, source: "HasFileno | int") -> None:
+    def forget(self, source: Descriptor) -> None:
         """End watch(), before the descriptor is closed."""
-        fd = number_of(source)
+        fd = fileno_of(source, "source")
         if self.handlers.pop(fd, None) is not None:
             self.poller.unregister(fd)
 
@@ -67,11 +68,12 @@ class Loop:
 
     def after(self, seconds: float, handler: Callable[[], object]) -> None:
         """Call ``handler()`` once, so many seconds from now."""
-        self._push(time.monotonic() + seconds, None, handler)
+        self._push(time.monotonic() + delay(seconds, "seconds"), None, handler)
 
     def every(self, seconds: float, handler: Callable[[], object]) -> None:
-        """Call ``handler()`` again and again."""
-        self._push(time.monotonic() + seconds, seconds, handler)
+        """Call ``handler()`` again and again, after so many seconds each, which are more than 0."""
+        period = min(_arguments.duration(seconds, "seconds"), 1e9)
+        self._push(time.monotonic() + period, period, handler)
 
     def _push(self, when: float, period: float | None, handler: Callable[[], object]) -> None:
         heapq.heappush(self._moments, (when, next(self._order), period, handler))
@@ -106,7 +108,3 @@ class Loop:
             if period is not None:
                 self._push(now + period, period, handler)
             handler()
-
-
-def number_of(source: "HasFileno | int") -> int:
-    return source if isinstance(source, int) else source.fileno()

@@ -18,11 +18,12 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
+from ipckit._arguments import Descriptor
 from ipckit._native import lib
 from ipckit.messagelog import MessageLog
 from ipckit.servers.connection import Connection, new_block
 from ipckit.servers.keyboard import Keyboard
-from ipckit.servers.loop import READ, WRITE, HasFileno
+from ipckit.servers.loop import READ, WRITE
 from ipckit.servers.server import Server
 from ipckit.servers.waiting import Waiting
 from ipckit.unpatched import time
@@ -66,7 +67,7 @@ class MultiplexServer(Server):
         listeners: "socket.socket | Sequence[socket.socket]",
         log: MessageLog | None = None,
         *,
-        keyboard: "HasFileno | int | None" = None,
+        keyboard: "Descriptor | None" = None,
         **options: Any,
     ) -> None:
         super().__init__(listeners, log, **options)

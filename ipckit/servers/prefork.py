@@ -16,6 +16,7 @@ import socket
 from collections.abc import Sequence
 from typing import Any, BinaryIO, ClassVar
 
+from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
 from ipckit.messagelog import MessageLog
 from ipckit.process import Child, ExitStatus, Reaper
@@ -61,15 +62,12 @@ class PreforkServer(Server):
         max_requests: int = 0,
         **options: Any,
     ) -> None:
-        max_spare = 2 * min_spare if max_spare is None else max_spare
-        for name, value, least in (
-            ("min_spare", min_spare, 1),
-            ("max_spare", max_spare, min_spare),
-            ("max_children", max_children, 1),
-            ("max_requests", max_requests, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
+        min_spare = integer(min_spare, "min_spare", 1, INT_MAX)
+        max_spare = (
+            2 * min_spare if max_spare is None else integer(max_spare, "max_spare", min_spare, INT_MAX)
+        )
+        max_children = integer(max_children, "max_children", 1, INT_MAX)
+        max_requests = integer(max_requests, "max_requests", 0, INT_MAX)
         super().__init__(listeners, log, **options)
         if len(self.listeners) > lib.IK_PREFORK_LISTENERS:
             raise ValueError(f"at most {lib.IK_PREFORK_LISTENERS} listeners, not {len(self.listeners)}")

@@ -27,13 +27,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from ipckit._arguments import INT_MAX, LONG_MAX, duration, integer
 from ipckit._native import ffi, lib
 from ipckit.handles import Rooted
 from ipckit.messagelog import LogStats, MessageLog
 from ipckit.process import Reaper
 from ipckit.servers.connection import ENDS, Terms
 from ipckit.servers.listening import endpoint, notify
-from ipckit.servers.loop import READ, Loop
+from ipckit.servers.loop import READ, Loop, delay
 from ipckit.servers.service import EchoService, Service
 from ipckit.signals import SigInfo, SignalQueue
 from ipckit.unpatched import os, signal, time
@@ -116,13 +117,11 @@ class Server(Rooted):
         total_timeout: float | None = None,
         max_output: int = 1 << 20,
     ) -> None:
-        self._max_connections = self.most if max_connections is None else max_connections
-        for name, least in (("max_connections", self._max_connections), ("max_output", max_output)):
-            if least < 1:
-                raise ValueError(f"{name} must be at least 1, not {least}")
-        for name, seconds in (("idle_timeout", idle_timeout), ("total_timeout", total_timeout)):
-            if seconds is not None and not seconds > 0:
-                raise ValueError(f"{name} must be None or more than 0 seconds, not {seconds!r}")
+        most = self.most if max_connections is None else max_connections
+        self._max_connections = integer(most, "max_connections", 1, INT_MAX)
+        max_output = integer(max_output, "max_output", 1, LONG_MAX)
+        idle = duration(idle_timeout, "idle_timeout")
+        total = duration(total_timeout, "total_timeout")
         self.listeners = list(listeners) if isinstance(listeners, Sequence) else [listeners]
         if not self.listeners:
             raise ValueError("a server needs at least one listening socket")
@@ -130,12 +129,7 @@ class Server(Rooted):
         self._counted = mmap.mmap(-1, ffi.sizeof("ik_server_counters"))  # shared with the children
         self._counters = ffi.from_buffer("ik_server_counters *", self._counted)
         self._terms = Terms(
-            service,
-            log,
-            self._counters,
-            idle_timeout=idle_timeout,
-            total_timeout=total_timeout,
-            max_output=max_output,
+            service, log, self._counters, idle_timeout=idle, total_timeout=total, max_output=max_output
         )
         self._killed = 0
         self._replaced = 0
@@ -189,6 +183,7 @@ class Server(Rooted):
         cut. Call it in the main thread, before others start: the signals of the module's table are
         blocked meanwhile and taken by a descriptor.
         """
+        patience = delay(stop_timeout, "stop_timeout")
         with SignalQueue(_SIGNALS) as signals:
             self._watch(signals)
             at = ", ".join(map(endpoint, self.listeners))
@@ -206,7 +201,7 @@ class Server(Rooted):
                     self.loop.forget(listener)
                     listener.close()
                 self._stopping = True
-                self._end(time.monotonic() + (1e9 if stop_timeout is None else stop_timeout))
+                self._end(time.monotonic() + patience)
                 self.loop.close()
                 event("stopped", "stopped")
 

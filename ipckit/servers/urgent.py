@@ -22,7 +22,9 @@ import socket
 from contextlib import suppress
 
 from ipckit import sockets
+from ipckit._arguments import INT_MAX, duration, integer
 from ipckit.servers.listening import endpoint, listen
+from ipckit.servers.loop import delay
 from ipckit.signals import SignalQueue, blocked
 from ipckit.unpatched import os, select, signal, time
 
@@ -36,6 +38,7 @@ _MOST = 1 << 21  # echo held for a client; beyond that no more is read, and no u
 # than this is unsent. The urgent byte is not held back so: its announcement goes even to a full receiver.
 _UNSENT = 16384
 _PAUSE = 1.0
+_LONGEST_POLL = 3600.0  # poll(2) takes an int of milliseconds
 
 _log = logging.getLogger(__name__)
 
@@ -119,29 +122,26 @@ class UrgentServer:
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
-        if max_connections < 1:
-            raise ValueError(f"max_connections must be at least 1, not {max_connections}")
-        if idle_timeout is not None and not idle_timeout > 0:
-            raise ValueError(f"idle_timeout must be None or more than 0 seconds, not {idle_timeout!r}")
         self._listener = listener
         self._variant = variant
-        self._max_connections = max_connections
-        self._idle = math.inf if idle_timeout is None else idle_timeout
+        self._max_connections = integer(max_connections, "max_connections", 1, INT_MAX)
+        self._idle = duration(idle_timeout, "idle_timeout")
         self._clients: set[_Client] = set()
         self._paused_until = 0.0
         self._stop_at = math.inf
 
-    def serve(self, *, stop_timeout: float = 5.0) -> None:
+    def serve(self, *, stop_timeout: float | None = 5.0) -> None:
         """Serve until SIGTERM or SIGINT; then accept no more, answer what has come, return.
 
         Who has not taken the answers after *stop_timeout* seconds is cut off. Call it in the main thread,
         before others start: both signals and SIGURG are blocked meanwhile and taken by a descriptor.
         """
+        patience = delay(stop_timeout, "stop_timeout")
         self._listener.setblocking(False)
         with SignalQueue([signal.SIGTERM, signal.SIGINT, signal.SIGURG]) as signals, self._listener:
             try:
                 while self._stop_at == math.inf or (self._clients and time.monotonic() < self._stop_at):
-                    self._turn(signals, stop_timeout)
+                    self._turn(signals, patience)
             finally:
                 while self._clients:
                     self._clients.pop().sock.close()
@@ -170,8 +170,7 @@ class UrgentServer:
             moments.append(self._paused_until)
         elif self._stop_at == math.inf and len(self._clients) < self._max_connections:
             poll.register(self._listener, select.POLLIN)
-        seconds = max(0.0, min(moments) - now)
-        return dict(poll.poll(None if seconds == math.inf else seconds * 1000))
+        return dict(poll.poll(1000 * min(max(0.0, min(moments) - now), _LONGEST_POLL)))
 
     def _signalled(self, signals: set[int], stop_timeout: float) -> None:
         for client in self._clients:
