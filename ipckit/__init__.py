@@ -3,10 +3,7 @@
 
 The rooms, lowest first; each imports only from those before it:
 
-    unpatched   the standard library as it was, whatever gevent made of it
     errors      Closed, PeerDied, Corrupt; every other error is the OSError that errno means
-    handles     how what was dropped ends, and where a handle can go
-    procfs      what only /proc tells; one error where it is missing
     wait        timeouts as one deadline per operation; waiting for a descriptor
     endpoints   the verbs that all have which messages go into or come out of
     vectored    readv, writev and variants that move everything

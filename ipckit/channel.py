@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 from ipckit import ring, sockets, wait
 from ipckit._arguments import INT_MAX, LONG_MAX, Descriptor, as_bytes, integer, user
+from ipckit._handles import Rooted, check_starting, finalizer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, select, socketpair, threading, time
 from ipckit.errors import Closed, Corrupt, check
-from ipckit.handles import Rooted, check_starting, finalizer
 from ipckit.memory import SharedMemory
 from ipckit.ring import DEFAULT_CAPACITY, DEFAULT_MAX_MESSAGE, RECV, SEND, RingStats
-from ipckit.unpatched import os, select, socketpair, threading, time
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self

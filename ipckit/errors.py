@@ -13,7 +13,7 @@ class          is a          means
 =============  ============  ===============================================================
 """
 
-from ipckit.unpatched import os
+from ipckit._unpatched import os
 
 __all__ = ["Closed", "Corrupt", "PeerDied", "check"]
 

@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ipckit import limits, procfs, registry
+from ipckit import _procfs, limits, registry
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os
 from ipckit.errors import check
 from ipckit.registry import Record
-from ipckit.unpatched import os
 
 __all__ = ["Object", "collect", "objects", "remove", "unlisted"]
 
@@ -118,7 +118,7 @@ class _Found:
 def _rows(kind: str, ident: str | None = None) -> Iterator[dict[str, int]]:
     """Those of this ipc namespace, also who may not be read; only the one called *ident* if given."""
     with suppress(FileNotFoundError):  # a kernel without System V
-        head, *lines = Path(procfs.path("sysvipc"), _TABLES[kind]).read_text().splitlines()
+        head, *lines = Path(_procfs.path("sysvipc"), _TABLES[kind]).read_text().splitlines()
         for words in map(str.split, lines):
             if ident in (None, words[1]):
                 row = zip(head.split(), words, strict=True)
@@ -250,7 +250,7 @@ _MAPPING = re.compile(r"^\S+ \S+ \S+ ([0-9a-f]+):([0-9a-f]+) (\d+) +(/SYSV)?", r
 
 
 def _open_files(pid: str) -> Iterator[tuple[int, int]]:
-    folder = procfs.path(f"{pid}/fd")
+    folder = _procfs.path(f"{pid}/fd")
     for name in os.listdir(folder):
         path = f"{folder}/{name}"
         with suppress(FileNotFoundError):
@@ -262,7 +262,7 @@ def _open_files(pid: str) -> Iterator[tuple[int, int]]:
 
 def _mapped(pid: str) -> Iterator[tuple[int, int] | str]:
     """Device and inode of what is mapped; of System V segments the id, which stands for the inode."""
-    lines = Path(procfs.path(f"{pid}/maps")).read_text(errors="replace")
+    lines = Path(_procfs.path(f"{pid}/maps")).read_text(errors="replace")
     for major, minor, inode, segment in _MAPPING.findall(lines):
         yield inode if segment else (os.makedev(int(major, 16), int(minor, 16)), int(inode))
 
@@ -271,7 +271,7 @@ def _holders() -> tuple[dict[tuple[int, int] | str, set[int]], bool]:
     """Who has what open or mapped, and whether every process could be looked at."""
     held: dict[tuple[int, int] | str, set[int]] = defaultdict(set)
     whole = os.geteuid() == 0  # /proc may hide processes from others altogether
-    for pid in filter(str.isdecimal, os.listdir(procfs.path(""))):
+    for pid in filter(str.isdecimal, os.listdir(_procfs.path(""))):
         try:
             for what in (*_open_files(pid), *_mapped(pid)):
                 held[what].add(int(pid))
@@ -431,7 +431,7 @@ def _lock_holders() -> str:
     pids: set[int] = set()
     with suppress(FileNotFoundError):  # it went meanwhile
         inode = os.stat(f"{_MEMORY}/ipckit-{os.geteuid()}/lock").st_ino
-        lines = [line.split() for line in Path(procfs.path("locks")).read_text().splitlines()]
+        lines = [line.split() for line in Path(_procfs.path("locks")).read_text().splitlines()]
         pids = {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5].endswith(f":{inode}")}
     return _people(pids) if pids else "a process that can't be seen"
 

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ipckit import procfs
+from ipckit import _procfs
 from ipckit._native import lib
-from ipckit.unpatched import os
+from ipckit._unpatched import os
 
 __all__ = ["Limit", "advice", "queue_folder", "survey", "value"]
 
@@ -30,7 +30,7 @@ _NO_FOLDER = {errno.ENOENT: "not mounted", errno.EXDEV: "of another ipc namespac
 
 def _numbers(file: str) -> list[int]:
     with suppress(OSError, ValueError):
-        return [int(word) for word in Path(procfs.path("sys"), *file.split(".")).read_text().split()]
+        return [int(word) for word in Path(_procfs.path("sys"), *file.split(".")).read_text().split()]
     return []
 
 
@@ -155,7 +155,7 @@ def _is_tight(value: int | str | None, used: int | None, least: int = 0) -> bool
 
 def _container() -> bool:
     """Where not even root can write /proc/sys, whoever starts the container sets its limits."""
-    return bool(os.statvfs(procfs.path("sys")).f_flag & os.ST_RDONLY)
+    return bool(os.statvfs(_procfs.path("sys")).f_flag & os.ST_RDONLY)
 
 
 def _sysctls() -> Iterator[Limit]:
@@ -180,7 +180,7 @@ def _raise_sysctl(name: str, now: int, wanted: int) -> str:
 def _table(kind: str, column: str) -> list[int]:
     """One column of /proc/sysvipc: who is refused to read an object sees it there all the same."""
     with suppress(FileNotFoundError):
-        head, *lines = Path(procfs.path("sysvipc"), kind).read_text().splitlines()
+        head, *lines = Path(_procfs.path("sysvipc"), kind).read_text().splitlines()
         return [int(line.split()[head.split().index(column)]) for line in lines]
     return []
 
@@ -216,7 +216,7 @@ def _mounted_queue_folder() -> Iterator[int]:
 def _queue_mounted() -> bool:
     return any(
         line.split()[4] == "/dev/mqueue" and " - mqueue " in line
-        for line in Path(procfs.path("self/mountinfo")).read_text().splitlines()
+        for line in Path(_procfs.path("self/mountinfo")).read_text().splitlines()
     )
 
 
@@ -308,14 +308,14 @@ def _raise_resource(name: str, letter: str, wanted: int, soft: int, hard: int) -
 
 
 def _pending_signals() -> int:
-    status = Path(procfs.path("self/status")).read_text()
+    status = Path(_procfs.path("self/status")).read_text()
     return int(status.partition("SigQ:")[2].partition("/")[0])
 
 
 def _threads() -> int:
     """Those of this user, as far as /proc shows them."""
     count = 0
-    for entry in os.scandir(procfs.path("")):
+    for entry in os.scandir(_procfs.path("")):
         with suppress(OSError):
             if entry.name.isdecimal() and entry.stat().st_uid == os.getuid():
                 count += len(os.listdir(f"{entry.path}/task"))
@@ -333,7 +333,7 @@ _CGROUPS = (  # the names of version 2, which are those of version 1 for pids
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
     """The control group of this process and those that it is in; version 1 and 2."""
-    for line in Path(procfs.path("self/cgroup")).read_text().splitlines():
+    for line in Path(_procfs.path("self/cgroup")).read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
             root = Path("/sys/fs/cgroup", controller if controllers else "")
@@ -392,7 +392,7 @@ def _remove_ipc() -> Limit:
 
 
 def _huge_pages() -> Limit:
-    words = [line.split() for line in Path(procfs.path("meminfo")).read_text().splitlines()]
+    words = [line.split() for line in Path(_procfs.path("meminfo")).read_text().splitlines()]
     found = {name.rstrip(":"): int(number) for name, number, *_ in words}
     total = found.get("HugePages_Total")
     used = None if total is None else total - found["HugePages_Free"]

@@ -26,12 +26,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ipckit import _arguments, procfs, wait
+from ipckit import _arguments, _procfs, wait
 from ipckit._arguments import LONG_MAX, integer, nanoseconds, seconds
+from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, time
 from ipckit.errors import Closed, check
-from ipckit.handles import Rooted, finalizer
-from ipckit.unpatched import os, time
 
 __all__ = ["Load", "LoadProgress", "LoadReport", "run_load"]
 
@@ -133,7 +133,7 @@ def _resolve(host: str, port: int, i_own_this_host: bool) -> tuple[str, int]:
 def _raise_descriptor_limit(connections: int) -> "tuple[int, int] | None":
     """Make room for so many descriptors more, up to the hard limit; the limits before, if they changed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir(procfs.path("self/fd"))) + connections + _SPARE
+    wanted = len(os.listdir(_procfs.path("self/fd"))) + connections + _SPARE
     if soft == resource.RLIM_INFINITY or wanted <= soft:
         return None
     if wanted > hard != resource.RLIM_INFINITY:

@@ -23,11 +23,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ipckit import procfs, registry
+from ipckit import _procfs, registry
 from ipckit._arguments import INT_MAX, LONG_MAX, integer
+from ipckit._handles import check_starting, finalizer
+from ipckit._unpatched import os
 from ipckit.errors import Closed, check
-from ipckit.handles import check_starting, finalizer
-from ipckit.unpatched import os
 
 __all__ = [
     "Mapping",
@@ -220,7 +220,7 @@ class Mapping(Views):
 
         Raises: OSError as open(2), ENOSYS without /proc; Closed. Linux only.
         """
-        return os.open(procfs.path(f"self/fd/{self.fileno()}"), os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(_procfs.path(f"self/fd/{self.fileno()}"), os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self, *, defer: bool = False) -> None:
         """As Views.close(); the descriptor is closed now in any case."""
@@ -274,7 +274,7 @@ def _refuse_the_impossible(size: int, what: str) -> None:
 def _available() -> int:
     """Bytes of memory that can be had now; without /proc what the machine has."""
     try:
-        with open(procfs.path("meminfo")) as file:
+        with open(_procfs.path("meminfo")) as file:
             kib = {line.split(":")[0]: int(line.split()[1]) for line in file}
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
@@ -500,7 +500,7 @@ def _create(at: int, name: str, size: "int | None", what: str) -> int:
         raise ValueError(f"{what} can't be made without a size")
     fd = unnamed(at, size, what)
     try:
-        whole = procfs.path(f"self/fd/{fd}")
+        whole = _procfs.path(f"self/fd/{fd}")
         with naming(what):
             os.link(whole, _file(name), dst_dir_fd=at)
     except BaseException:
@@ -558,7 +558,7 @@ def look_at(at: int, file: str, what: str) -> "tuple[int, os.stat_result]":
 
 def open_seen(seen: int, flags: int, what: str) -> int:
     """Open the very file that look_at() saw."""
-    file = procfs.path(f"self/fd/{seen}")
+    file = _procfs.path(f"self/fd/{seen}")
     with naming(what):
         return os.open(file, flags | os.O_CLOEXEC)
 

@@ -42,11 +42,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
 from ipckit._arguments import INT_MAX, Buffer, check_buffer, integer, seconds
+from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, select, socketpair, threading, time
 from ipckit.errors import Closed, check
-from ipckit.handles import Rooted, finalizer
 from ipckit.process import Child, NativeMemory, fork_native
-from ipckit.unpatched import os, select, socketpair, threading, time
 
 __all__ = ["Append", "LogStats", "LogWriter", "MessageLog", "Record", "records"]
 

@@ -27,7 +27,7 @@ from termios import FIONREAD
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from ipckit import procfs
+from ipckit import _procfs
 from ipckit._arguments import (
     INT_MAX,
     LONG_MAX,
@@ -39,10 +39,10 @@ from ipckit._arguments import (
     most_of,
     pin,
 )
+from ipckit._handles import finalizer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, select, threading
 from ipckit.errors import Closed, Corrupt, PeerDied, check
-from ipckit.handles import finalizer
-from ipckit.unpatched import os, select, threading
 from ipckit.wait import FOREVER, NOW, READ, WRITE, deadline, polled, ready, remaining, until_ready
 
 __all__ = ["Duplex", "DuplexStats", "Reader", "Stats", "Writer", "duplex", "pipe", "splice", "tee"]
@@ -85,7 +85,7 @@ class DuplexStats:
 def _identity() -> tuple[int, int]:
     """Who sends: the process, and its pid namespace (0 where there is no /proc to ask)."""
     try:
-        return os.getpid(), os.stat(procfs.path("self/ns/pid")).st_ino & _NO_LIMIT
+        return os.getpid(), os.stat(_procfs.path("self/ns/pid")).st_ino & _NO_LIMIT
     except OSError:
         return os.getpid(), 0
 

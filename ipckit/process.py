@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from ipckit import _hot, procfs, signals
+from ipckit import _hot, _procfs, signals
 from ipckit._arguments import INT_MAX, Descriptor, fileno_of, integer
+from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, select, signal
 from ipckit.errors import Closed, check
-from ipckit.handles import Rooted, finalizer
-from ipckit.unpatched import os, select, signal
 from ipckit.wait import READ, deadline, polled, ready, until_ready
 
 __all__ = [
@@ -368,7 +368,7 @@ def _number(fd: Descriptor) -> int:
 
 
 def _kept(keep: Iterable[Descriptor]) -> set[int]:
-    procfs.path("self/fd")  # which the child will need to know the others
+    _procfs.path("self/fd")  # which the child will need to know the others
     return {*map(_number, keep), *_standard()}
 
 
@@ -434,7 +434,7 @@ def _set_handlers(handlers: Mapping[int, Handler]) -> None:
 
 
 def _release_all_but(kept: set[int]) -> None:
-    numbers = {int(name) for name in os.listdir(procfs.path("self/fd"))}
+    numbers = {int(name) for name in os.listdir(_procfs.path("self/fd"))}
     # O_PATH: every use but close() fails, as if the number were free.
     nothing = os.open("/dev/null", os.O_PATH | os.O_CLOEXEC)
     for number in numbers - kept - {nothing}:

@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from queue import Empty, Full
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
-from ipckit import procfs, registry, wait
+from ipckit import _procfs, registry, wait
 from ipckit._arguments import LONG_MAX, integer, most_of, seconds_left
+from ipckit._handles import check_starting, finalizer
 from ipckit._hot import QueueEnds
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, threading, time
 from ipckit.errors import Closed, Corrupt, check
-from ipckit.handles import check_starting, finalizer
 from ipckit.memory import (
     Mapping,
     SharedMemory,
@@ -57,7 +58,6 @@ from ipckit.ring import (
     ring_stats,
     sendable,
 )
-from ipckit.unpatched import os, threading, time
 
 if sys.version_info >= (3, 13):
     from queue import ShutDown
@@ -730,7 +730,7 @@ def _participant(place: Any) -> Participant:
 
 def _holder(thread: int) -> "tuple[int, int] | None":
     """Process and thread, of a thread id."""
-    with suppress(OSError), open(procfs.path(f"{thread}/status")) as file:
+    with suppress(OSError), open(_procfs.path(f"{thread}/status")) as file:
         for line in file:
             if line.startswith("Tgid:"):
                 return int(line.split()[1]), thread
@@ -785,7 +785,7 @@ def _create(at: int, name: str, size: int, maxsize: int, what: str) -> "tuple[Ma
                 os.mkfifo(bell, 0o600, dir_fd=at)
         bells = _open_bells(at, inode, what)
         try:
-            whole = procfs.path(f"self/fd/{fd}")
+            whole = _procfs.path(f"self/fd/{fd}")
             with naming(what):
                 os.link(whole, _file(name), dst_dir_fd=at)
         except BaseException:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
-from ipckit import procfs
+from ipckit import _procfs
+from ipckit._handles import Rooted, finalizer
+from ipckit._unpatched import os, threading, time
 from ipckit.errors import check
-from ipckit.handles import Rooted, finalizer
-from ipckit.unpatched import os, threading, time
 from ipckit.wait import deadline, remaining
 
 __all__ = [
@@ -111,7 +111,7 @@ def _status(pid: int) -> _Status | None:
 
 
 def _read_status(pid: int) -> _Status:
-    text = Path(procfs.path(f"{pid}/stat")).read_text()
+    text = Path(_procfs.path(f"{pid}/stat")).read_text()
     fields = text.rpartition(")")[2].split()  # what precedes is the name, which may hold anything
     state, threads, start = fields[0], int(fields[17]), int(fields[19])
     # A main thread that ended before the others is shown as a zombie, and the process lives.
@@ -137,13 +137,13 @@ def lives(pid: int) -> bool:
 
 
 def _namespace(kind: str) -> int:
-    return os.stat(procfs.path(f"self/ns/{kind}")).st_ino
+    return os.stat(_procfs.path(f"self/ns/{kind}")).st_ino
 
 
 def _proc_is_ours() -> bool:
     """False where /proc was mounted for another pid namespace and shows other numbers, or not at all."""
     with suppress(OSError):
-        return procfs.own_number() == os.getpid()
+        return _procfs.own_number() == os.getpid()
     return False
 
 
@@ -154,12 +154,12 @@ def myself() -> Process:
 
 @functools.lru_cache(1)
 def _myself_as(pid: int) -> Process:
-    return Process(pid, _read_status(procfs.own_number()).start, _namespace("pid"))
+    return Process(pid, _read_status(_procfs.own_number()).start, _namespace("pid"))
 
 
 @functools.lru_cache(1)
 def _command(pid: int) -> str:
-    return Path(procfs.path("self/comm")).read_text().strip()
+    return Path(_procfs.path("self/comm")).read_text().strip()
 
 
 # --- the folder and its lock -----------------------------------------------------------------------
@@ -263,7 +263,7 @@ def entering(what: str = "") -> Iterator[None]:
     Raises: TimeoutError (ETIMEDOUT) if a cleaner held the lock for 10 seconds; what folder() raises; OSError
         ENOSYS without /proc, before anything is made.
     """
-    procfs.own_number()
+    _procfs.own_number()
     _tidy_at_exit()
     held = _locked(fcntl.LOCK_SH, deadline(_PATIENCE), what and f"{what}: ")
     try:

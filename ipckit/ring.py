@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import wait
 from ipckit._arguments import INT_MAX, check_buffer, integer
+from ipckit._handles import check_starting
 from ipckit._hot import Ends as _Ends
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, time
 from ipckit.errors import Closed, Corrupt, PeerDied, check
-from ipckit.handles import check_starting
 from ipckit.memory import Mapping, SharedMemory
-from ipckit.unpatched import os, time
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer, Self

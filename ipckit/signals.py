@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol
 
 from ipckit import wait
 from ipckit._arguments import INT_MAX, integer
+from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, signal, threading
 from ipckit.errors import Closed, check
-from ipckit.handles import Rooted, finalizer
-from ipckit.unpatched import os, signal, threading
 
 __all__ = [
     "Action",

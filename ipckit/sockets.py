@@ -20,7 +20,7 @@ from socket import MSG_DONTROUTE, MSG_DONTWAIT, MSG_OOB, MSG_PEEK, MSG_TRUNC, MS
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
-from ipckit import procfs
+from ipckit import _procfs
 from ipckit._arguments import (
     INT_MAX,
     LONG_MAX,
@@ -32,10 +32,10 @@ from ipckit._arguments import (
     permissions,
     pin,
 )
+from ipckit._handles import Rooted
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, select, signal, time
 from ipckit.errors import Closed, check
-from ipckit.handles import Rooted
-from ipckit.unpatched import os, select, signal, time
 from ipckit.wait import NOW, deadline, remaining, until_ready
 
 __all__ = [
@@ -626,7 +626,7 @@ def _set_mode(file: SocketFile, mode: int) -> None:
     fd = os.open(file.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if _birth(os.fstat(fd)) == file.birth:
-            os.chmod(procfs.path(f"self/fd/{fd}"), mode)
+            os.chmod(_procfs.path(f"self/fd/{fd}"), mode)
     finally:
         os.close(fd)
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ipckit import _hot
 from ipckit._arguments import check_buffer, integer, seconds_left
+from ipckit._handles import check_starting
 from ipckit._native import lib
 from ipckit.errors import Corrupt, check
-from ipckit.handles import check_starting
 from ipckit.memory import SharedMemory
 from ipckit.wait import deadline, remaining
 

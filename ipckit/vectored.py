@@ -15,8 +15,8 @@ from typing import Any
 
 from ipckit._arguments import INT_MAX, LONG_MAX, Buffer, Descriptor, check_buffer, fileno_of, integer, pin
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os
 from ipckit.errors import check
-from ipckit.unpatched import os
 from ipckit.wait import deadline
 
 __all__ = ["preadv", "pwritev", "readv", "readv_exact", "writev", "writev_all"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from ipckit._arguments import deadline, fileno_of
 from ipckit._native import lib
+from ipckit._unpatched import os, select, time
 from ipckit.errors import check
-from ipckit.unpatched import os, select, time
 
 __all__ = ["FOREVER", "NOW", "deadline", "polled", "ready", "remaining", "until_ready"]
 

@@ -30,18 +30,7 @@ IN_THE_ROOM = {
     "ring": {"Ends", "memory_size"},
     "errors": {"check"},
 }
-BY_MODULE = {
-    "endpoints",
-    "handles",
-    "inventory",
-    "limits",
-    "load",
-    "procfs",
-    "registry",
-    "sockets",
-    "unpatched",
-    "wait",
-}
+BY_MODULE = {"endpoints", "inventory", "limits", "load", "registry", "sockets", "wait"}
 
 
 def rooms():

@@ -21,7 +21,7 @@ from conftest import PATIENCE, open_descriptors, tidy_registries
 
 import ipckit
 from ipckit import posix, sockets, sysv
-from ipckit.handles import finalizer
+from ipckit._handles import finalizer
 from ipckit.load import Load
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, server

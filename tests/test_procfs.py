@@ -10,7 +10,7 @@ import pytest
 from conftest import PATIENCE
 
 import ipckit
-from ipckit import inventory, limits, pipes, posix, procfs, registry, sockets, sysv
+from ipckit import _procfs, inventory, limits, pipes, posix, registry, sockets, sysv
 from ipckit.servers.listening import activated, listen_unix
 
 ROOMS = sorted(Path(ipckit.__file__).parent.rglob("*.py"))
@@ -152,9 +152,9 @@ def test_one_function_asks():
         for node in ast.walk(ast.parse(room.read_text())):
             if isinstance(node, ast.Constant) and str(node.value).startswith("/proc"):
                 asks.add(room.name)
-    assert asks <= {"procfs.py", "objects.py"}  # the latter names it in messages
+    assert asks <= {"_procfs.py", "objects.py"}  # the latter names it in messages
 
 
 def test_its_number():
-    assert procfs.own_number() == os.getpid()
-    assert procfs.path("self/stat") == "/proc/self/stat"
+    assert _procfs.own_number() == os.getpid()
+    assert _procfs.path("self/stat") == "/proc/self/stat"

@@ -24,7 +24,7 @@ def imported(source):
 
 def test_what_others_patch_the_rooms_take_from_here():
     wrong = {str(room): found for room in ROOMS if (found := imported(room.read_text()) & PATCHED)}
-    assert len(wrong) == 1, f"import from ipckit.unpatched: {wrong}"
+    assert len(wrong) == 1, f"import from ipckit._unpatched: {wrong}"
     assert unpatched.__file__ in wrong
 
 

@@ -7,7 +7,7 @@ Status 0: done; 1: it could not be done, one line on standard error says why; 2:
 import errno
 import sys
 
-from ipckit.unpatched import os
+from ipckit._unpatched import os
 
 __all__ = ["main"]
 

@@ -7,13 +7,13 @@ from collections import defaultdict
 from rich.console import Console
 from rich.table import Table
 
+from ipckit._unpatched import os, signal, time
 from ipckit.messagelog import MessageLog
 from ipckit.pipes import Reader, Writer, pipe
 from ipckit.process import Child, fork
 from ipckit.servers import listen
 from ipckit.servers.fork import ForkServer
 from ipckit.signals import blocked
-from ipckit.unpatched import os, signal, time
 
 _FIRST_LINES = 8
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ipckit import inventory, limits, registry
+from ipckit._unpatched import os, time
 from ipckit.cli.commands import group, one_line
 from ipckit.inventory import Object
 from ipckit.limits import Limit
-from ipckit.unpatched import os, time
 
 if TYPE_CHECKING:
     from rich.console import Console

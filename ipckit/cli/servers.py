@@ -14,13 +14,13 @@ from typing import Any
 
 import click
 
+from ipckit._unpatched import os, signal
 from ipckit.cli import serving
 from ipckit.cli.commands import Seconds, SocketPath, group, one_line
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, Server, Service, listening, server_class
 from ipckit.servers import client as split_client
 from ipckit.signals import blocked, sigaction
-from ipckit.unpatched import os, signal
 
 _SECONDS = Seconds()
 _COUNT = click.IntRange(min=1)

@@ -11,9 +11,9 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
+from ipckit._unpatched import os, time
 from ipckit.servers import Server, ServerStats
 from ipckit.servers.server import event
-from ipckit.unpatched import os, time
 
 if TYPE_CHECKING:
     from rich.table import Table

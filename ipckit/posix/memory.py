@@ -6,8 +6,9 @@ from typing import Any
 
 import posix_ipc
 
-from ipckit import procfs, registry
+from ipckit import _procfs, registry
 from ipckit._arguments import integer, permissions, user
+from ipckit._unpatched import os
 from ipckit.errors import Closed, check
 from ipckit.memory import Mapping, allocate, fault_in
 from ipckit.posix.names import (
@@ -17,7 +18,6 @@ from ipckit.posix.names import (
     look,
     told,
 )
-from ipckit.unpatched import os
 
 __all__ = ["SharedMemory"]
 
@@ -80,7 +80,7 @@ class SharedMemory(Mapping):
                 fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
                 os.fchmod(fd, mode)  # whatever the umask
             allocate(fd, size, f"{self._what} of {size} bytes")
-            whole = procfs.path(f"self/fd/{fd}")
+            whole = _procfs.path(f"self/fd/{fd}")
             with told(self._what):  # with a folder's descriptor Python follows the link in /proc
                 os.link(whole, self.name[1:], dst_dir_fd=folder)
         except BaseException:

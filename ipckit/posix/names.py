@@ -5,9 +5,9 @@ import errno
 
 import posix_ipc
 
+from ipckit._unpatched import os
 from ipckit.errors import check
 from ipckit.memory import check_regular
-from ipckit.unpatched import os
 
 # The package's OSErrors without an errno, by how they begin; the others mean EMFILE.
 _UNNUMBERED = {"Insufficient space": errno.ENOSPC, "The system limit": errno.ENFILE}

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import posix_ipc
 
-from ipckit import limits, procfs, registry
+from ipckit import _procfs, limits, registry
 from ipckit._arguments import Buffer, as_bytes, integer, most_of, permissions, pin
+from ipckit._handles import finalizer
 from ipckit._hot import PosixQueue
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, select
 from ipckit.errors import Closed, check
-from ipckit.handles import finalizer
 from ipckit.posix.names import check_exclusive, check_name, told
-from ipckit.unpatched import os, select
 from ipckit.wait import READ, WRITE, deadline, ready, remaining
 
 __all__ = ["Message", "MessageQueue", "QueueStat"]
@@ -59,7 +59,7 @@ class QueueStat:
 def _limit(name: str) -> int:
     found = limits.value(f"fs.mqueue.{name}")
     if found is None:
-        procfs.path("sys/fs/mqueue")  # is there; so the kernel has no queues
+        _procfs.path("sys/fs/mqueue")  # is there; so the kernel has no queues
     return found or 0
 
 
@@ -69,7 +69,7 @@ def _given(value: int | None, name: str, usual: int, limit: str) -> int:
 
 def _may_exceed_limits() -> bool:
     """Has this process the privilege that the kernel asks for? Root in a container hasn't."""
-    with open(procfs.path("self/status")) as status:
+    with open(_procfs.path("self/status")) as status:
         effective = next(line for line in status if line.startswith("CapEff"))
     return bool(int(effective.split()[1], 16) & _CAP_SYS_RESOURCE)
 

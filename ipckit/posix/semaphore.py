@@ -10,6 +10,7 @@ import posix_ipc
 from ipckit import registry
 from ipckit._arguments import integer, permissions, user
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os
 from ipckit.errors import Closed, check
 from ipckit.posix.names import (
     check_exclusive,
@@ -17,7 +18,6 @@ from ipckit.posix.names import (
     look,
     told,
 )
-from ipckit.unpatched import os
 from ipckit.wait import deadline
 
 __all__ = ["Semaphore"]

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, time
 from ipckit.messagelog import MessageLog
 from ipckit.servers.asyncio_loop import AsyncioLoop, new_event_loop
 from ipckit.servers.connection import new_block
 from ipckit.servers.loop import READ, WRITE, Loop
 from ipckit.servers.protocol import Client
 from ipckit.servers.server import Server
-from ipckit.unpatched import os, time
 
 __all__ = ["AsyncioServer"]
 

@@ -5,8 +5,8 @@ import asyncio
 from collections.abc import Callable
 
 from ipckit._arguments import Descriptor, fileno_of
+from ipckit._unpatched import time
 from ipckit.servers.loop import READ, WRITE, Handler, Loop, delay
-from ipckit.unpatched import time
 
 __all__ = ["AsyncioLoop", "new_event_loop"]
 

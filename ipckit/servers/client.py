@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 from ipckit import sockets
 from ipckit._arguments import fileno_of, integer, seconds
+from ipckit._unpatched import select, signal
 from ipckit.errors import check
 from ipckit.process import Child, fork
-from ipckit.unpatched import select, signal
 from ipckit.vectored import writev_all
 
 __all__ = ["run"]

@@ -10,9 +10,9 @@ Regular files can't be waited for (EPERM). Linux only.
 
 from typing import ClassVar
 
+from ipckit._unpatched import select
 from ipckit.servers.loop import Loop
 from ipckit.servers.multiplex import MultiplexServer
-from ipckit.unpatched import select
 
 __all__ = ["EpollServer"]
 

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os
 from ipckit.messagelog import MessageLog
 from ipckit.process import Child, NativeMemory, Reaper, fork, fork_native
 from ipckit.servers.connection import ENDS, Connection, accept, new_block
 from ipckit.servers.loop import READ
 from ipckit.servers.server import Server
-from ipckit.unpatched import os
 
 __all__ = ["ForkServer"]
 

@@ -4,8 +4,8 @@
 from collections.abc import Callable
 
 from ipckit._arguments import Descriptor, fileno_of
+from ipckit._unpatched import os
 from ipckit.servers.loop import READ, Loop
-from ipckit.unpatched import os
 
 __all__ = ["Keyboard"]
 

@@ -12,11 +12,11 @@ import stat
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from ipckit import procfs
+from ipckit import _procfs
 from ipckit._arguments import INT_MAX, integer, seconds
+from ipckit._unpatched import os, time
 from ipckit.errors import check
 from ipckit.sockets import SocketFile, bind_unix
-from ipckit.unpatched import os, time
 
 __all__ = ["UnixListener", "activated", "endpoint", "listen", "listen_unix", "notify"]
 
@@ -144,7 +144,7 @@ def _taken_over(fd: int) -> socket.socket:
             undo.callback(os.close, fd)
             what = stat.filemode(mode)
             with suppress(OSError):
-                what = os.readlink(procfs.path(f"self/fd/{fd}"))
+                what = os.readlink(_procfs.path(f"self/fd/{fd}"))
             check(-errno.ENOTSOCK, f"descriptor {fd} of LISTEN_FDS: {what}")
         sock = undo.enter_context(socket.socket(fileno=fd))
         if sock.type != socket.SOCK_STREAM:

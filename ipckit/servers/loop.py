@@ -12,7 +12,7 @@ from typing import Any
 
 from ipckit import _arguments
 from ipckit._arguments import Descriptor, fileno_of
-from ipckit.unpatched import select, time
+from ipckit._unpatched import select, time
 
 __all__ = ["READ", "WRITE", "Handler", "Loop", "delay"]
 

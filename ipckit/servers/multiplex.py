@@ -20,13 +20,13 @@ from typing import Any
 
 from ipckit._arguments import Descriptor
 from ipckit._native import lib
+from ipckit._unpatched import time
 from ipckit.messagelog import MessageLog
 from ipckit.servers.connection import Connection, new_block
 from ipckit.servers.keyboard import Keyboard
 from ipckit.servers.loop import READ, WRITE
 from ipckit.servers.server import Server
 from ipckit.servers.waiting import Waiting
-from ipckit.unpatched import time
 
 __all__ = ["MultiplexServer"]
 

@@ -8,9 +8,9 @@ high their numbers are. It is what to take where epoll(7) is missing, and for a 
 
 from typing import ClassVar
 
+from ipckit._unpatched import select
 from ipckit.servers.loop import Loop
 from ipckit.servers.multiplex import MultiplexServer
-from ipckit.unpatched import select
 
 __all__ = ["PollServer", "poll_loop"]
 

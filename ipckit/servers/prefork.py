@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import os, signal, time
 from ipckit.messagelog import MessageLog
 from ipckit.process import Child, ExitStatus, Reaper
 from ipckit.servers.connection import ENDS
@@ -25,7 +26,6 @@ from ipckit.servers.loop import READ
 from ipckit.servers.scoreboard import Backoff, Events, Scoreboard
 from ipckit.servers.server import Server, event, tells_of_connections
 from ipckit.servers.worker import Maker, Worker
-from ipckit.unpatched import os, signal, time
 
 __all__ = ["PreforkServer"]
 

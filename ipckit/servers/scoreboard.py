@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ipckit._native import ffi, lib
-from ipckit.unpatched import os, time
+from ipckit._unpatched import os, time
 
 __all__ = ["Backoff", "Client", "Events", "Scoreboard"]
 

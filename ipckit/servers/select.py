@@ -10,9 +10,9 @@ go on. A wait costs in proportion to the highest number. It is what runs everywh
 import errno
 from typing import ClassVar
 
+from ipckit._unpatched import select
 from ipckit.servers.loop import READ, WRITE, Loop
 from ipckit.servers.multiplex import MultiplexServer
-from ipckit.unpatched import select
 
 __all__ = ["SelectServer"]
 

@@ -28,8 +28,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from ipckit._arguments import INT_MAX, LONG_MAX, duration, integer
+from ipckit._handles import Rooted
 from ipckit._native import ffi, lib
-from ipckit.handles import Rooted
+from ipckit._unpatched import os, signal, time
 from ipckit.messagelog import LogStats, MessageLog
 from ipckit.process import Reaper
 from ipckit.servers.connection import ENDS, Terms
@@ -37,7 +38,6 @@ from ipckit.servers.listening import endpoint, notify
 from ipckit.servers.loop import READ, Loop, delay
 from ipckit.servers.service import EchoService, Service
 from ipckit.signals import SigInfo, SignalQueue
-from ipckit.unpatched import os, signal, time
 
 __all__ = ["Server", "ServerStats"]
 

@@ -21,12 +21,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from ipckit._native import ffi, lib
+from ipckit._unpatched import is_patched, os, threading, time
 from ipckit.errors import check
 from ipckit.messagelog import MessageLog
 from ipckit.servers.connection import Connection, new_block
 from ipckit.servers.loop import READ
 from ipckit.servers.server import Server, event
-from ipckit.unpatched import is_patched, os, threading, time
 
 __all__ = ["ThreadServer"]
 

@@ -23,10 +23,10 @@ from contextlib import suppress
 
 from ipckit import sockets
 from ipckit._arguments import INT_MAX, duration, integer
+from ipckit._unpatched import os, select, signal, time
 from ipckit.servers.listening import endpoint, listen
 from ipckit.servers.loop import delay
 from ipckit.signals import SignalQueue, blocked
-from ipckit.unpatched import os, select, signal, time
 
 __all__ = ["VARIANTS", "UrgentServer"]
 

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ipckit._native import lib
+from ipckit._unpatched import os
 from ipckit.servers.connection import Connection
 from ipckit.servers.loop import READ, WRITE, Loop
-from ipckit.unpatched import os
 
 __all__ = ["Waiting"]
 

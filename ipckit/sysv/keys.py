@@ -5,8 +5,8 @@ import errno
 from collections.abc import Callable
 
 from ipckit._arguments import INT_MAX, integer, permissions, user
+from ipckit._unpatched import os
 from ipckit.errors import check
-from ipckit.unpatched import os
 
 __all__ = ["Key", "ftok"]
 

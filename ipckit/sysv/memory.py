@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from ipckit import limits, procfs, registry
+from ipckit import _procfs, limits, registry
 from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
 from ipckit.errors import check
@@ -98,7 +98,7 @@ def in_use(ident: int) -> bool:
 
 def _huge_page() -> int:
     """Bytes of a huge page; 0 where the kernel has none."""
-    found = re.search(r"^Hugepagesize:\s*(\d+) kB", Path(procfs.path("meminfo")).read_text(), re.MULTILINE)
+    found = re.search(r"^Hugepagesize:\s*(\d+) kB", Path(_procfs.path("meminfo")).read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
@@ -167,7 +167,7 @@ def _why_not_huge(size: int) -> str:
 
 def _in_system() -> list[int]:
     """The sizes of all segments, in pages."""
-    lines = Path(procfs.path("sysvipc/shm")).read_text().splitlines()[1:]
+    lines = Path(_procfs.path("sysvipc/shm")).read_text().splitlines()[1:]
     return [-(-int(line.split()[3]) // mmap.PAGESIZE) for line in lines]
 
 

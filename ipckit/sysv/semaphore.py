@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ipckit import limits, registry
 from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
+from ipckit._unpatched import threading, time
 from ipckit.errors import Closed, check
 from ipckit.sysv.keys import (
     PRIVATE,
@@ -26,7 +27,6 @@ from ipckit.sysv.keys import (
     key_of,
     shown,
 )
-from ipckit.unpatched import threading, time
 from ipckit.wait import FOREVER, deadline, remaining
 
 __all__ = ["Semaphore", "SemaphoreStat"]

@@ -7,7 +7,7 @@ gets a name when it is whole: these need it. What does not need /proc works in a
 
 import errno
 
-from ipckit.unpatched import os
+from ipckit._unpatched import os
 
 __all__ = ["own_number", "path"]
 
