@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import ipckit
-from ipckit import unpatched
+from ipckit import _unpatched
 
 SCRIPT = Path(__file__).parent / "under_gevent.py"
 ROOMS = sorted(Path(ipckit.__file__).parent.rglob("*.py"))
@@ -25,14 +25,14 @@ def imported(source):
 def test_what_others_patch_the_rooms_take_from_here():
     wrong = {str(room): found for room in ROOMS if (found := imported(room.read_text()) & PATCHED)}
     assert len(wrong) == 1, f"import from ipckit._unpatched: {wrong}"
-    assert unpatched.__file__ in wrong
+    assert _unpatched.__file__ in wrong
 
 
 def test_where_nothing_is_patched_it_is_the_same():
-    assert unpatched.os.close is os.close
-    assert unpatched.os.environ is os.environ
-    assert unpatched.os.path is os.path
-    assert not unpatched.is_patched()
+    assert _unpatched.os.close is os.close
+    assert _unpatched.os.environ is os.environ
+    assert _unpatched.os.path is os.path
+    assert not _unpatched.is_patched()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gevent"), reason="gevent is not installed")
