@@ -223,4 +223,4 @@ docs: $(VENV)/.dev
 	@$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
 
 clean:
-	rm -rf build docs/_build ipckit/_native.c ipckit/_native*.so *.egg-info $(VENV)
+	rm -rf build docs/_build ipckit/_native.c ipckit/*.so *.egg-info $(VENV)
