@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import errno
+import gc
 import math
 import os
 import re
@@ -72,6 +73,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
         stack.callback(it.child.wait)
         stack.callback(it.child.kill)
         yield it
+    vars(it).clear()
+    gc.collect()  # errors of the tests hold frames that hold it, and the next module would be blamed for it
 
 
 def made(thing: Any) -> None:

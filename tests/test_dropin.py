@@ -383,7 +383,7 @@ def test_locks_are_what_the_page_says(forked):
         multiprocessing.Lock().release()
     with pytest.raises(TypeError, match="lock must be a Lock or RLock of ipckit"):
         ipckit.Condition(multiprocessing.Lock())
-    with pytest.raises(ValueError, match="parties must be from 1 to 256"):
+    with pytest.raises(ValueError, match="parties must be an integer from 1 to 256"):
         ipckit.Barrier(257)
     with pytest.raises(TypeError):
         pickle.dumps(ipckit.Lock())
