@@ -371,7 +371,7 @@ def test_a_long_message_is_sent_again_when_its_receiver_is_killed(many, forked):
         receiver, sender = forked(lambda ready: many.recv()), forked(lambda ready: many.send(data))
         amid = stopped_while(receiver, lambda: many.stats().receiver == receiver.pid and many.stats().used)
         receiver.kill()
-        receiver.wait()
+        assert receiver.wait() == (-signal.SIGKILL if amid else 0)
         if amid:
             assert many.recv(timeout=PATIENCE) == data
         assert sender.wait() == 0
