@@ -29,7 +29,7 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds that a test waits for a condition before it gives up: never reached without a fault.
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 # --- workers side by side ------------------------------------------------------------------------
