@@ -235,7 +235,7 @@ def test_no_unix_socket_there(tmp_path):
 
 
 def test_a_server_that_never_answers_ends_no_run_and_takes_no_time_limit_for_each(serving):
-    one_by_one, timeout = 500, 0.3
+    one_by_one, timeout = 500, 0.7
     start = time.monotonic()
     report = run_load(
         serving(lambda connection, _: select.select([], [], [], PATIENCE)),
