@@ -14,6 +14,9 @@ exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+# From Sphinx 9 on the type bytes of an annotation is looked for among our own names too, and several classes
+# have a field of that name: "more than one target found".
+suppress_warnings = ["ref.python"]
 html_theme = "furo"
 html_title = f"ipckit {version}"
 
