@@ -560,3 +560,148 @@ def test_memory_has_the_methods_of_the_pages():
     """What is said of `memory.SharedMemory` holds for all three rooms' memory."""
     for kind in (memory.SharedMemory, posix.SharedMemory, sysv.SharedMemory):
         assert {"buf", "asarray", "close", "closed"} <= public(kind)
+
+
+# --- from multiprocessing: what its own column says ------------------------------------------------
+
+# Each is a program, since multiprocessing's threads, semaphores and helpers stay with the process.
+BEGIN = """if True:
+    import contextlib, io, multiprocessing as mp, os, queue, signal, socket, sys, threading, time
+    mp.set_start_method("fork")
+    q = mp.Queue()
+
+    def child(target, *args):
+        process = mp.Process(target=target, args=args)
+        process.start()
+        return process
+
+    def told(error, call, *args, **more):
+        try:
+            return call(*args, **more)
+        except error as raised:
+            return type(raised).__name__
+"""
+
+OF_MULTIPROCESSING = {
+    "the last producer is gone: `get()` waits on": (
+        """
+    child(q.put, 1).join()
+    print(q.get(), told(queue.Empty, q.get, timeout=0.1))
+    """,
+        "1 Empty",
+    ),
+    "nobody gets, the only consumer was killed, large objects: `put()` returns": (
+        """
+    for _ in range(3):
+        q.put(bytes(20 << 20))
+    print("returned")
+    q.cancel_join_thread()
+    """,
+        "returned",
+    ),
+    "`put_nowait()`: `Full` if `maxsize` objects are there": (
+        """
+    small = mp.Queue(1)
+    small.put(1)
+    print(told(queue.Full, small.put_nowait, 2), small.get())
+    """,
+        "Full 1",
+    ),
+    "what pickle refuses: a traceback on stderr, and `put()` returned": (
+        """
+    sys.stderr = io.StringIO()
+    q.put(lambda: None)
+    q.close()
+    q.join_thread()
+    print("Traceback" in sys.stderr.getvalue())
+    """,
+        "True",
+    ),
+    "an object changed after `put()` may be changed in the queue, too": (
+        """
+    class Late(list):
+        def __reduce__(self):  # the feeder thread is here: long after put() returned
+            changed.wait()
+            return list, (list(self),)
+
+    changed, late = threading.Event(), Late([1])
+    q.put(late)
+    late.append(2)
+    changed.set()
+    print(q.get())
+    """,
+        "[1, 2]",
+    ),
+    "sockets, connections: handed over": (
+        """
+    ours, theirs = mp.Pipe()
+    a, b = socket.socketpair()
+    answer = lambda: (q.get().send("conn"), q.get().sendall(b"sock"))
+    process = child(answer)
+    q.put(theirs), q.put(b)
+    print(ours.recv(), a.recv(4).decode())
+    process.join()
+    """,
+        "conn sock",
+    ),
+    "a queue inside a message: `RuntimeError`": (
+        """
+    import pickle
+    print(told(RuntimeError, pickle.dumps, q))
+    """,
+        "RuntimeError",
+    ),
+    "`close()`: `put()` and `get()` are `ValueError`; `empty()` of one that was not used still answers": (
+        """
+    q.close()
+    print(told(ValueError, q.put, 2), told(ValueError, q.get), q.empty())
+    """,
+        "ValueError ValueError True",
+    ),
+    "the end of a process that put waits until its feeder thread has written all": (
+        """
+    def put(done):
+        q.put(bytes(1 << 20))
+
+    process = child(put, None)
+    process.join(0.2)
+    print(process.exitcode, len(q.get()))
+    process.join()
+    """,
+        "None 1048576",
+    ),
+    "`os._exit()` after `put()`: what the feeder thread still had is lost": (
+        """
+    def put():
+        class Slow:
+            def __reduce__(self):
+                time.sleep(1000)
+
+        q.put(Slow())
+        os._exit(0)
+
+    child(put).join()
+    print(told(queue.Empty, q.get, timeout=0.1))
+    """,
+        "Empty",
+    ),
+    "`kill -9` inside `get()`: the others may hang for ever": (
+        """
+    victim = child(q.get)
+    while q._rlock.acquire(False):  # until the victim has it
+        q._rlock.release()
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    q.put(1)
+    print(told(queue.Empty, q.get, timeout=0.5))
+    q.cancel_join_thread()
+    """,
+        "Empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("claim", OF_MULTIPROCESSING)
+def test_what_the_page_says_of_multiprocessing(claim):
+    code, printed = OF_MULTIPROCESSING[claim]
+    assert run(BEGIN + code).strip() == printed
