@@ -20,6 +20,7 @@ import isolation
 import pytest
 
 from ipckit import registry
+from ipckit.messagelog import MessageLog
 
 isolation.leave_process_1()
 ISOLATED = isolation.isolated() or isolation.isolate()
@@ -30,6 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds that a test waits for a condition before it gives up: never reached without a fault.
 PATIENCE = 300.0
+# Of a log that a test does not close by itself; its default is ten seconds.
+MessageLog.close.__kwdefaults__["timeout"] = PATIENCE  # type: ignore[index]
 
 
 # --- workers side by side ------------------------------------------------------------------------

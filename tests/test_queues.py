@@ -1083,12 +1083,14 @@ def message(producer, number):
     return b"%d.%d." % (producer, number) + chance.randbytes(size)
 
 
-def test_eight_producers_and_eight_consumers_exactly_once(raw, forked):
-    each = 250
-
+@pytest.mark.parametrize("each", [60, pytest.param(250, marks=pytest.mark.slow)])
+def test_eight_producers_and_eight_consumers_exactly_once(raw, forked, each):
     def produce(ready, producer):
-        for number in range(each):
-            raw.put(message(producer, number), timeout=PATIENCE)
+        os.close(start)
+        for number in range(each):  # without a time limit: the queue is not fair to its producers
+            raw.put(message(producer, number))
+        ready()
+        os.read(go, 1)  # none is the last producer before all have begun
         raw.close()
 
     def consume(ready, tell):
@@ -1102,8 +1104,12 @@ def test_eight_producers_and_eight_consumers_exactly_once(raw, forked):
 
     told, tell = os.pipe()
     consumers = [forked(consume, tell) for _ in range(8)]
+    go, start = os.pipe()
     producers = [forked(produce, producer) for producer in range(8)]
-    os.close(tell)
+    for producer in producers:
+        producer.wait_ready()
+    for fd in (tell, go, start):
+        os.close(fd)
     text = b""
     while part := os.read(told, 65536):
         text += part
