@@ -17,8 +17,7 @@ WARNINGS = -Wall -Wextra $(WERROR)
 CFLAGS_ALL = -std=gnu11 -D_GNU_SOURCE -O2 -g -fPIC $(WARNINGS) -Icsrc $(SANITIZE)
 
 HEADERS = $(wildcard csrc/*.h)
-SOURCES = $(filter-out csrc/hot%.c,$(wildcard csrc/*.c))
-HOT = $(wildcard csrc/hot*.c)
+SOURCES = $(filter-out csrc/hot%.c csrc/spawner_main.c,$(wildcard csrc/*.c))
 OBJECTS = $(SOURCES:csrc/%.c=$(BUILD)/csrc/%.o)
 CTESTS = $(patsubst tests/c/%.c,$(BUILD)/tests/%,$(wildcard tests/c/test_*.c))
 CPEERS = $(patsubst tests/c/peer_%.c,build/peers/%,$(wildcard tests/c/peer_*.c))
@@ -66,7 +65,7 @@ $(VENV)/bin/python:
 	@echo "== a Python environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.built: $(VENV)/bin/python pyproject.toml setup.py csrc/build.py $(HOT) $(HEADERS) $(SOURCES)
+$(VENV)/.built: $(VENV)/bin/python pyproject.toml setup.py csrc/build.py $(wildcard csrc/*.[ch])
 	@echo "== ipckit and what it needs: fetched, compiled, installed there"
 	@$(PIP) -e '.[cli]'
 	@touch $@
@@ -81,7 +80,7 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	@$(PIP) -e '.[cli,test,dev,docs]'
 	@touch $@ $(VENV)/.test
 
-$(VENV)/.built-test: $(VENV)/.test setup.py csrc/build.py $(HOT) $(HEADERS) $(SOURCES)
+$(VENV)/.built-test: $(VENV)/.test setup.py csrc/build.py $(wildcard csrc/*.[ch])
 	@echo "== the extension modules"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@ $(VENV)/.built
@@ -223,4 +222,4 @@ docs: $(VENV)/.dev
 	@$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
 
 clean:
-	rm -rf build docs/_build ipckit/_native.c ipckit/*.so *.egg-info $(VENV)
+	rm -rf build docs/_build ipckit/_native.c ipckit/*.so ipckit/ipckit-spawner *.egg-info $(VENV)

@@ -4,8 +4,10 @@ import os
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-ROOMS = ["lean", "lock", "posix", "process", "queues", "ring", "sync", "wait"]
+PROGRAM = ["connection", "messagelog", "prefork", "process", "sockets", "spawner", "spawner_main", "wait"]
+ROOMS = ["lock", "posix", "process", "queues", "ring", "sync", "wait"]
 
 hot = Extension(
     "ipckit._hot",
@@ -17,4 +19,26 @@ hot = Extension(
     + (["-Werror"] if os.environ.get("IPCKIT_WERROR") else []),
     extra_link_args=["-pthread"],
 )
-setup(cffi_modules=["csrc/build.py:ffi"], ext_modules=[hot])
+
+
+class BuildAll(build_ext):
+    """The extension modules, and the program that makes children which run C only (csrc/spawner_main.c)."""
+
+    def run(self):
+        super().run()
+        native = next(extension for extension in self.extensions if extension.name == "ipckit._native")
+        objects = self.compiler.compile(
+            [f"csrc/{room}.c" for room in PROGRAM],
+            output_dir=os.path.join(self.build_temp, "spawner"),
+            macros=native.define_macros,
+            include_dirs=native.include_dirs,
+            extra_preargs=native.extra_compile_args,
+            depends=native.depends,
+        )
+        folder = "ipckit" if self.inplace else os.path.join(self.build_lib, "ipckit")
+        self.compiler.link_executable(
+            objects, "ipckit-spawner", output_dir=folder, extra_preargs=["-pthread"]
+        )
+
+
+setup(cffi_modules=["csrc/build.py:ffi"], ext_modules=[hot], cmdclass={"build_ext": BuildAll})

@@ -5,6 +5,7 @@ its preprocessor lines dropped. So a room's header holds only '#' lines, comment
 structs and prototypes; anything else belongs in the .c file.
 """
 
+import hashlib
 import os
 import re
 import sys
@@ -16,9 +17,23 @@ if not sys.platform.startswith("linux"):
     sys.exit(f"ipckit builds on Linux so far, and this is {sys.platform}")
 
 HERE = Path("csrc")
-HEADERS = sorted(set(HERE.glob("*.h")) - {HERE / "hot.h"} - set(HERE.glob("*_impl.h")))
-SOURCES = sorted(path for path in HERE.glob("*.c") if not path.name.startswith("hot"))
+# A program, not a part of the module.
+PROGRAMS = {HERE / "spawner_main.c"}
+SOURCES = sorted(set(HERE.glob("*.c")) - set(HERE.glob("hot*.c")) - PROGRAMS)
+DEPENDS = sorted(set(HERE.glob("*.h")) - {HERE / "hot.h"})
+HEADERS = sorted(set(DEPENDS) - set(HERE.glob("*_impl.h")))
 WARNINGS = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("IPCKIT_WERROR") else [])
+
+
+def fingerprint() -> str:
+    """Sixteen digits that tell this source from another: module and program must be of one build.
+
+    Of just those files whose change has the module compiled anew.
+    """
+    digest = hashlib.sha256()
+    for path in DEPENDS + SOURCES:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def declarations(header: Path) -> str:
@@ -44,11 +59,10 @@ ffi.set_source(
     "ipckit._native",
     "\n".join(f'#include "{header.name}"' for header in HEADERS),
     sources=[str(path) for path in SOURCES],
-    depends=[str(path) for path in HEADERS],
+    depends=[str(path) for path in DEPENDS],
     include_dirs=[str(HERE)],
-    define_macros=[("_GNU_SOURCE", None)],
+    define_macros=[("_GNU_SOURCE", None), ("IK_BUILD", f'"{fingerprint()}"')],
     # The generated file passes unused parameters by design of its interface.
     extra_compile_args=["-std=gnu11", "-O2", *WARNINGS, "-Wno-unused-parameter"],
-    # Bound at load: a child forked lean has no memory of the loader's to bind with.
-    extra_link_args=["-pthread", "-Wl,-z,now"],
+    extra_link_args=["-pthread"],
 )

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "connection.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <limits.h>
 #include <linux/sockios.h>
@@ -8,6 +9,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -44,88 +46,26 @@ static void set(int *word, int value) {
 
 /* --- who it is ---------------------------------------------------------------------------------*/
 
-/* By hand, not by inet_ntop and printf: what those need of the locale lies in the memory of the
- * interpreter, which a child forked lean does not have. */
-static char *put_number(char *to, unsigned number, unsigned base) {
-    char reversed[12];
-    int n = 0;
-    do
-        reversed[n++] = "0123456789abcdef"[number % base];
-    while ((number /= base) > 0);
-    while (n > 0)
-        *to++ = reversed[--n];
-    return to;
-}
-
-static char *put_ipv4(char *to, const unsigned char *bytes) {
-    for (int i = 0; i < 4; i++) {
-        to = put_number(to, bytes[i], 10);
-        *to++ = '.';
-    }
-    return to - 1;
-}
-
-static unsigned group(const unsigned char *bytes, int i) {
-    return (unsigned)bytes[2 * i] << 8 | bytes[2 * i + 1];
-}
-
-/* The longest run of two or more zero groups, which is left out (RFC 5952). */
-static int longest_zeros(const unsigned char *bytes, int *ret_start) {
-    int most = 1;
-    for (int i = 0, run = 0; i < 8; i++) {
-        run = group(bytes, i) == 0 ? run + 1 : 0;
-        if (run > most) {
-            most = run;
-            *ret_start = i + 1 - run;
-        }
-    }
-    return most > 1 ? most : 0;
-}
-
-static char *put_ipv6(char *to, const unsigned char *bytes) {
-    static const unsigned char mapped[12] = {[10] = 0xff, [11] = 0xff};
-    if (memcmp(bytes, mapped, sizeof mapped) == 0)
-        return put_ipv4(stpcpy(to, "::ffff:"), bytes + sizeof mapped);
-    int start = -1, zeros = longest_zeros(bytes, &start);
-    for (int i = 0; i < 8; i++) {
-        if (zeros && i == start) {
-            to = stpcpy(to, i == 0 ? "::" : ":");
-            i += zeros - 1;
-            continue;
-        }
-        to = put_number(to, group(bytes, i), 16);
-        if (i < 7)
-            *to++ = ':';
-    }
-    return to;
-}
-
-static void name_unix_peer(char *to, int socket) {
+static void name_unix_peer(ik_connection *c) {
     struct ucred who;
     socklen_t len = sizeof who;
-    if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &who, &len) < 0)
+    if (getsockopt(c->socket, SOL_SOCKET, SO_PEERCRED, &who, &len) < 0)
         who = (struct ucred){0};
-    to = put_number(stpcpy(to, "pid "), (unsigned)who.pid, 10);
-    *put_number(stpcpy(to, " uid "), who.uid, 10) = '\0';
+    snprintf(c->peer, sizeof c->peer, "pid %d uid %u", who.pid, who.uid);
 }
 
 static void name_peer(ik_connection *c, const struct sockaddr_storage *address) {
-    char *to = c->peer;
-    in_port_t port;
+    char host[INET6_ADDRSTRLEN];
+    const struct sockaddr_in *in = (const struct sockaddr_in *)address;
+    const struct sockaddr_in6 *in6 = (const struct sockaddr_in6 *)address;
     if (address->ss_family == AF_INET) {
-        const struct sockaddr_in *in = (const struct sockaddr_in *)address;
-        to = put_ipv4(to, (const unsigned char *)&in->sin_addr);
-        port = in->sin_port;
+        inet_ntop(AF_INET, &in->sin_addr, host, sizeof host);
+        snprintf(c->peer, sizeof c->peer, "%s:%u", host, ntohs(in->sin_port));
     } else if (address->ss_family == AF_INET6) {
-        const struct sockaddr_in6 *in = (const struct sockaddr_in6 *)address;
-        to = stpcpy(put_ipv6(stpcpy(to, "["), in->sin6_addr.s6_addr), "]");
-        port = in->sin6_port;
-    } else {
-        name_unix_peer(to, c->socket);
-        return;
-    }
-    *to++ = ':';
-    *put_number(to, ntohs(port), 10) = '\0';
+        inet_ntop(AF_INET6, &in6->sin6_addr, host, sizeof host);
+        snprintf(c->peer, sizeof c->peer, "[%s]:%u", host, ntohs(in6->sin6_port));
+    } else
+        name_unix_peer(c);
 }
 
 int ik_connection_accept(ik_connection *c, int listener) {

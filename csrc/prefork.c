@@ -16,15 +16,28 @@ enum { REST_MS = 100 };
 
 /* --- the scoreboard ----------------------------------------------------------------------------*/
 
+size_t ik_prefork_board_size(int n_places) {
+    return sizeof(ik_prefork_board) + (size_t)n_places * (sizeof(ik_prefork_place) + 1);
+}
+
+ik_prefork_place *ik_prefork_places(ik_prefork_board *board) {
+    return (ik_prefork_place *)(board + 1);
+}
+
+unsigned char *ik_prefork_states(const ik_prefork_board *board) {
+    return (unsigned char *)((ik_prefork_place *)(board + 1) + board->n_places);
+}
+
 /* A worker says what it does, then looks whether too few are idle; the supervisor says that it
  * wants to be told, then looks who is idle. In one order for all, so that one of the two sees the
  * other. */
 static void set_state(ik_prefork_worker *w, int state) {
-    __atomic_store_n(&w->board->states[w->index], (unsigned char)state, __ATOMIC_SEQ_CST);
+    unsigned char *mine = ik_prefork_states(w->board) + w->index;
+    __atomic_store_n(mine, (unsigned char)state, __ATOMIC_SEQ_CST);
 }
 
 static int is_idle(const ik_prefork_board *board, int i) {
-    int state = __atomic_load_n(&board->states[i], __ATOMIC_SEQ_CST);
+    int state = __atomic_load_n(ik_prefork_states(board) + i, __ATOMIC_SEQ_CST);
     return state == IK_PREFORK_IDLE || state == IK_PREFORK_STARTING;
 }
 
@@ -43,7 +56,7 @@ int ik_prefork_look(ik_prefork_board *board) {
 int ik_prefork_busy(const ik_prefork_board *board) {
     int busy = 0;
     for (int i = 0; i < board->n_places; i++)
-        busy += __atomic_load_n(&board->states[i], __ATOMIC_RELAXED) == IK_PREFORK_BUSY;
+        busy += __atomic_load_n(ik_prefork_states(board) + i, __ATOMIC_RELAXED) == IK_PREFORK_BUSY;
     return busy;
 }
 
@@ -187,6 +200,7 @@ void ik_prefork_served(ik_prefork_worker *w, int end) {
 /* --- the life of a worker ----------------------------------------------------------------------*/
 
 int ik_prefork_begin(ik_prefork_worker *w) {
+    w->place = ik_prefork_places(w->board) + w->index;
     handle_signals(w);
     int rc = watch(w);
     if (rc == 0)

@@ -21,14 +21,20 @@ typedef struct ik_prefork_place {
     ik_connection connection;
 } ik_prefork_place;
 
-/* Shared by all: who is idle, and whether the bell has been rung for too few of them. */
+/* Shared by all: who is idle, and whether the bell has been rung for too few of them.
+ *
+ *   at                                    what
+ *   0                                     the board
+ *   sizeof(ik_prefork_board)              n_places places
+ *   behind them                           the state of each place, a byte, together, so that
+ *                                         counting them is cheap
+ */
 typedef struct ik_prefork_board {
     int rung;
     int least_idle; /* the bell rings below that */
     int n_places;
-    unsigned char *states; /* of each place, together, so that counting them is cheap */
-    int shortage;          /* errno of an accept that found no descriptor or memory */
-    uint64_t untold;       /* events that found the pipe full */
+    int shortage;    /* errno of an accept that found no descriptor or memory */
+    uint64_t untold; /* events that found the pipe full */
 } ik_prefork_board;
 
 /* What happened to a connection; in the pipe of events, by a write that is never split. */
@@ -41,17 +47,22 @@ typedef struct ik_prefork_event {
 /* All that a worker needs, for a fork that leaves it nothing else. */
 typedef struct ik_prefork_worker {
     ik_prefork_board *board;
-    ik_prefork_place *place;
-    int index;      /* of the place */
-    int bell;       /* eventfd */
-    int events;     /* a pipe, or -1 for not to tell */
-    uint64_t limit; /* connections after which it ends by itself; 0: none */
+    ik_prefork_place *place; /* found by the worker itself */
+    int index;               /* of the place */
+    int bell;                /* eventfd */
+    int events;              /* a pipe, or -1 for not to tell */
+    uint64_t limit;          /* connections after which it ends by itself; 0: none */
     int n_listeners;
     int listeners[32];  /* non-blocking */
     ik_connection form; /* what each connection begins as */
     ik_log log;
     int epoll; /* made by the worker itself */
 } ik_prefork_worker;
+
+/* Where a board of so many places lies; its size in bytes. */
+size_t ik_prefork_board_size(int n_places);
+ik_prefork_place *ik_prefork_places(ik_prefork_board *board);
+unsigned char *ik_prefork_states(const ik_prefork_board *board);
 
 /* In the worker, first: handlers, timer, what to wait with. From then on SIGTERM has it answer what
  * its client has sent already, and end; SIGUSR2 has it serve its client to the end, and end. 0 or

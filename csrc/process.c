@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdlib.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -28,10 +29,6 @@ typedef struct before {
 } before;
 
 static _Thread_local before saved = {.reserved = -1};
-
-/* The same in a child of ik_process_fork, which may not have the thread's copy. */
-static before inherited;
-static int is_native_child;
 
 static int open_pidfd(int pid) {
     int fd = (int)syscall(SYS_pidfd_open, pid, 0);
@@ -93,7 +90,7 @@ int ik_process_begin_child(int flags) {
 }
 
 int ik_process_unblock(void) {
-    return -pthread_sigmask(SIG_SETMASK, is_native_child ? &inherited.mask : &saved.mask, NULL);
+    return -pthread_sigmask(SIG_SETMASK, &saved.mask, NULL);
 }
 
 /* The parent's handlers must not run in a child that never enters Python. */
@@ -115,7 +112,7 @@ static void close_between(unsigned first, unsigned last) {
         close((int)fd);
 }
 
-static void close_all_but(const int *keep, size_t n_keep) {
+void ik_process_close_all_but(const int *keep, size_t n_keep) {
     unsigned first = 3;
     for (size_t i = 0; i < n_keep; i++) {
         close_between(first, (unsigned)keep[i] - 1);
@@ -124,13 +121,11 @@ static void close_all_but(const int *keep, size_t n_keep) {
     close_between(first, ~0U);
 }
 
-static void be_native_child(const before *known, const int *keep, size_t n_keep, int flags) {
-    inherited = *known;
-    is_native_child = 1;
+static void be_native_child(const int *keep, size_t n_keep, int flags) {
     if (flags & IK_PROCESS_DIE_WITH_PARENT)
-        ik_process_die_with_parent(SIGKILL, known->parent);
+        ik_process_die_with_parent(SIGKILL, saved.parent);
     default_handlers();
-    close_all_but(keep, n_keep); /* the reserved one among them */
+    ik_process_close_all_but(keep, n_keep); /* the reserved one among them */
 }
 
 static int finish(int pid, int *ret_pidfd) {
@@ -148,30 +143,37 @@ int ik_process_fork(int (*run)(void *), void *argument, const int *keep, size_t 
         return rc;
     int pid = fork();
     if (pid == 0) {
-        be_native_child(&saved, keep, n_keep, flags);
+        be_native_child(keep, n_keep, flags);
         _exit(run(argument));
     }
     return finish(pid < 0 ? -errno : pid, ret_pidfd);
 }
 
-int ik_process_fork_lean(int (*run)(void *), void *argument, const int *keep, size_t n_keep,
-                         int flags, const ik_lean_range *memory, size_t n_memory, int *ret_pidfd) {
-    int own_keep[IK_PROCESS_MOST_KEPT];
-    if (n_keep > IK_PROCESS_MOST_KEPT)
-        return -EINVAL;
+/* posix_spawn(3): no copy of our memory is made, and no handler of pthread_atfork runs. */
+static int execute(const char *path, char *const *argv, const int *keep, size_t n_keep) {
+    posix_spawnattr_t how;
+    posix_spawn_file_actions_t files;
+    sigset_t all;
+    int pid;
+    sigfillset(&all);
+    posix_spawnattr_init(&how);
+    posix_spawnattr_setflags(&how, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF);
+    posix_spawnattr_setsigmask(&how, &all);
+    posix_spawnattr_setsigdefault(&how, &all);
+    int rc = posix_spawn_file_actions_init(&files);
+    for (size_t i = 0; i < n_keep && rc == 0; i++) /* to itself: not close-on-exec any more */
+        rc = posix_spawn_file_actions_adddup2(&files, keep[i], keep[i]);
+    if (rc == 0)
+        rc = posix_spawn(&pid, path, &files, &how, argv, environ);
+    posix_spawn_file_actions_destroy(&files);
+    posix_spawnattr_destroy(&how);
+    return rc == 0 ? pid : -rc;
+}
+
+int ik_process_execute(const char *path, char *const *argv, const int *keep, size_t n_keep,
+                       int *ret_pidfd) {
     int rc = ik_process_before_fork();
-    if (rc < 0)
-        return rc;
-    /* On the stack, which the child has in any case; the thread's own data may be in the heap. */
-    before known = saved;
-    for (size_t i = 0; i < n_keep; i++)
-        own_keep[i] = keep[i];
-    int pid = ik_lean_fork(memory, n_memory);
-    if (pid == 0) {
-        be_native_child(&known, own_keep, n_keep, flags);
-        _exit(run(argument));
-    }
-    return finish(pid, ret_pidfd);
+    return rc < 0 ? rc : finish(execute(path, argv, keep, n_keep), ret_pidfd);
 }
 
 int ik_process_die_with_parent(int signum, int parent) {

@@ -3,11 +3,7 @@
 #pragma once
 #include <stddef.h>
 
-#include "lean.h"
-
 enum ik_process_flags { IK_PROCESS_DIE_WITH_PARENT = 1 << 0 };
-
-enum ik_process_limits { IK_PROCESS_MOST_KEPT = 64 };
 
 /* A fork is before_fork, fork(2), then begin_child in the child and after_fork in the parent, all
  * in one thread. hot_process.c makes them around a fork of Python; ik_process_fork() does it all.
@@ -24,7 +20,8 @@ int ik_process_after_fork(int pid);
 /* The child: drop the reserved descriptor and do as the flags say. Signals stay blocked. */
 int ik_process_begin_child(int flags);
 
-/* The child: restore the signal mask that the parent had before the fork. */
+/* The child: restore the signal mask that the parent had before the fork. In a program that was
+ * executed, and its children: unblock all. */
 int ik_process_unblock(void);
 
 /* Fork a child that runs run(argument) and exits with its result. All signals are blocked there
@@ -34,11 +31,14 @@ int ik_process_unblock(void);
 int ik_process_fork(int (*run)(void *), void *argument, const int *keep, size_t n_keep, int flags,
                     int *ret_pidfd);
 
-/* As ik_process_fork, but the child has of our private memory only what C runs on and the ranges of
- * memory, so the fork costs the same however large we are. What run uses lies there or in shared
- * memory. At most IK_PROCESS_MOST_KEPT descriptors: -EINVAL. See lean.h. */
-int ik_process_fork_lean(int (*run)(void *), void *argument, const int *keep, size_t n_keep,
-                         int flags, const ik_lean_range *memory, size_t n_memory, int *ret_pidfd);
+/* Execute the program at path in a child, with our environment and those of the descriptors keep
+ * (each above 2); which others it gets that are not close-on-exec is up to it. Signals are blocked
+ * there and have their default actions. The pid; or -errno, as above and as posix_spawn(3). */
+int ik_process_execute(const char *path, char *const *argv, const int *keep, size_t n_keep,
+                       int *ret_pidfd);
+
+/* Close every descriptor above 2 but those of keep (ascending, each above 2). */
+void ik_process_close_all_but(const int *keep, size_t n_keep);
 
 /* Have the kernel send signum to this process when its parent ends, or send it now if the parent is
  * not parent (its pid, seen before the fork) any more. 0 or -EINVAL. See PR_SET_PDEATHSIG(2const).

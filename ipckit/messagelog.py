@@ -40,13 +40,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ipckit import wait
+from ipckit import _spawner, wait
 from ipckit._arguments import INT_MAX, Buffer, check_buffer, integer, seconds
 from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
 from ipckit._unpatched import os, select, socketpair, threading, time
 from ipckit.errors import Closed, check
-from ipckit.process import Child, NativeMemory, fork_native
+from ipckit.process import Child, fork_native
 
 __all__ = ["Append", "LogStats", "LogWriter", "MessageLog", "Record", "records"]
 
@@ -256,8 +256,7 @@ class LogWriter:
             raise MemoryError(f"no memory to map for the log {self.path}")
         # Mapped as long as this object lives, beyond close(): another thread may still be unlocking.
         self._shared = ffi.gc(mapped, lib.ik_log_unmap)
-        self._memory = NativeMemory("ik_log")
-        self.native = self._memory.argument
+        self.native = ffi.new("ik_log *")
         for name in _IN_NATIVE:
             setattr(self.native, name, self._own.get(name, -1))
         self.native.format = _FORMATS[self.format]
@@ -299,6 +298,11 @@ class LogWriter:
         edge-triggered epoll nobody need read it. Raises: Closed. See eventfd(2).
         """
         return self._descriptor("acked")
+
+    @property
+    def descriptors(self) -> "list[int]":
+        """What a C child appends with, in the order of ``spawner.h``. Raises: Closed."""
+        return [self._descriptor(name) for name in _PASSED]
 
     def _descriptor(self, name: str) -> int:
         fd = self._own.get(name, -1)
@@ -446,7 +450,9 @@ class MessageLog(LogWriter):
         native = self.native
         # Not the write end: holding it, the logger would never see its end of file.
         keep = (native.reader, native.file, native.wake, native.acked, native.told)
-        return fork_native(_RUN_LOGGER, native, keep=keep, die_with_parent=False, memory=self._memory)
+        words = ("logger", native.format, native.durability, *keep, self._own["memory"])
+        child = _spawner.execute(f"ipckit logger of {self.path}", words, (*keep, self._own["memory"]))
+        return child or fork_native(_RUN_LOGGER, native, keep=keep, die_with_parent=False)
 
     @property
     def logger(self) -> Child:
@@ -504,6 +510,7 @@ class MessageLog(LogWriter):
         return True
 
     def _replace(self, dead: Child) -> None:
+        _spawner.refused(dead)
         dead.close()
         self._logger = self._start_logger()
         self.restarts += 1

@@ -10,7 +10,6 @@ there. Linux only: they need pidfds and prctl(2).
 """
 
 import errno
-import mmap
 import operator
 import sys
 import traceback
@@ -32,11 +31,11 @@ from ipckit.wait import READ, deadline, polled, ready, until_ready
 __all__ = [
     "Child",
     "ExitStatus",
-    "NativeMemory",
     "Reaper",
     "die_with_parent",
     "fork",
     "fork_native",
+    "made_by",
     "wait_any",
 ]
 
@@ -339,15 +338,17 @@ def fork(
             _run(target, args, kept, wanted)
         return pid
 
-    return _child(make)
+    return made_by(make)
 
 
 def _forked(rc: int) -> int:
     return check(rc, _WHY.get(-rc, "fork"))
 
 
-def _child(make: Callable[[Any], int]) -> Child:
-    """The child whose pid *make* returns and whose pidfd it sets."""
+def made_by(make: Callable[[Any], int]) -> Child:
+    """The child whose pid ``make(pointer)`` returns, and whose pidfd it stores there; for this library.
+
+    Raises: what *make* returns as -errno; of a signal's handler: then there is no child."""
     child, pidfd = Child(0, -1), ffi.new("int *", -1)
     try:
         pid = _forked(make(pidfd))
@@ -464,7 +465,6 @@ def fork_native(
     *,
     keep: Iterable[Descriptor] = (),
     die_with_parent: bool = True,
-    memory: "NativeMemory | None" = None,
 ) -> Child:
     """Run the C function ``main(argument)`` in a child process that never enters Python.
 
@@ -477,36 +477,13 @@ def fork_native(
             child has its own copy of the memory.
         keep: the descriptors (or objects with ``fileno()``) that stay open beside 0, 1 and 2.
         die_with_parent: as fork().
-        memory: None copies all memory, as fork(2) does, at a cost that grows with this process. Or a
-            NativeMemory: then the child has that, shared memory, its stack and the C library, and
-            the fork costs the same in a large process as in a small one. *argument* and all that it
-            points to lie there, and *main* is a function of ipckit's own.
-    Raises: as fork(). ValueError for more than 64 descriptors with *memory*.
+    Raises: as fork().
     Threads: safe in a process with threads as long as *main* neither allocates nor takes a lock of
         the parent. See fork(2).
     """
     numbers = sorted({number for number in map(_number, keep) if number > 2})
     flags = lib.IK_PROCESS_DIE_WITH_PARENT if die_with_parent else 0
-    how = (main, argument, numbers, len(numbers), flags)
-    if memory is None:
-        return _child(lambda pidfd: lib.ik_process_fork(*how, pidfd))
-    if len(numbers) > lib.IK_PROCESS_MOST_KEPT:
-        raise ValueError(f"at most {lib.IK_PROCESS_MOST_KEPT} descriptors with memory, not {len(numbers)}")
-    ranges = memory.ranges
-    return _child(lambda pidfd: lib.ik_process_fork_lean(*how, ranges, len(ranges), pidfd))
-
-
-class NativeMemory(Rooted):
-    """Private memory for the argument of fork_native(): each child has its own copy of it.
-
-    Args: kind: a cffi type; ``argument`` is a pointer to one, zeroed.
-    """
-
-    def __init__(self, kind: str) -> None:
-        size = ffi.sizeof(kind)
-        self._page = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.argument = ffi.from_buffer(f"{kind} *", self._page)
-        self.ranges = ffi.new("ik_lean_range[]", [(self.argument, size)])
+    return made_by(lambda pidfd: lib.ik_process_fork(main, argument, numbers, len(numbers), flags, pidfd))
 
 
 def die_with_parent(signum: int = signal.SIGKILL, parent: int | None = None) -> None:

@@ -109,14 +109,24 @@ class Served:
         return connect(address or self.address)
 
     def children(self):
-        """The living children, the logger among them, and the zombies."""
+        """The living children, the logger among them, and the zombies; without the spawner."""
+        found = [pid for pid in self._all_children() if not _may_spawn(pid)]
+        zombies = [pid for pid in found if _state(pid) in ("Z", "X")]
+        return [pid for pid in sorted(found) if _state(pid) not in ("Z", "X", None)], zombies
+
+    def spawner(self):
+        """The program that makes its children, when there is one, and its last child goes by its own name."""
+        found = []
+        eventually(lambda: found.append([*filter(_may_spawn, self._all_children())]) or len(found[-1]) == 1)
+        return found[-1][0]
+
+    def _all_children(self):
         found = set()
         for _ in range(3):  # one that ends while the kernel lists them may hide the next one
             for task in Path(f"/proc/{self.pid}/task").glob("*/children"):
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
                     found.update(map(int, task.read_text().split()))
-        zombies = [pid for pid in found if _state(pid) in ("Z", "X")]
-        return [pid for pid in sorted(found) if _state(pid) not in ("Z", "X", None)], zombies
+        return found
 
     def logger(self):
         """The child that has the log file open, while it sleeps; None if there is none at the moment.
@@ -199,6 +209,13 @@ def _stat(pid):
 def _state(pid):
     fields = _stat(pid)
     return fields and fields[0]
+
+
+def _may_spawn(pid):
+    """Whether it is the spawner, or its child that has not begun yet."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/comm").read_bytes() == b"ipckit-spawner\n"
+    return False
 
 
 def wait_stopped(*pids):

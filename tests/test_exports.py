@@ -25,7 +25,7 @@ IN_THE_ROOM = {
         "unnamed",
     },
     "pipes": {"Duplex", "DuplexStats", "Reader", "Stats", "Writer"},
-    "process": {"NativeMemory"},
+    "process": {"made_by"},
     "queues": {"Codec", "Participant"},
     "ring": {"Ends", "memory_size"},
     "errors": {"check"},

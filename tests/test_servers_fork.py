@@ -152,7 +152,7 @@ def test_when_fork_fails_the_client_waits_and_the_server_goes_on(tmp_path, forke
         with MessageLog(tmp_path / "log") as log:
             user = user_of_its_own()
             os.setresuid(user, user, user)
-            resource.setrlimit(resource.RLIMIT_NPROC, (2, 2))  # ourselves and one child
+            resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))  # ourselves, the spawner, one child
             server = ForkServer(listener, log)
             ready()
             server.serve()

@@ -455,7 +455,7 @@ def test_at_the_limit_of_processes_the_clients_wait(start_pool, tmp_path, capfd)
         os.chmod(tmp_path, 0o777)
         user = user_of_its_own()
         os.setresuid(user, user, user)
-        resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))  # the supervisor and two workers
+        resource.setrlimit(resource.RLIMIT_NPROC, (4, 4))  # the supervisor, the spawner, two workers
 
     pool = start_pool(before=limit)
     clients = [pool.connect() for _ in range(4)]

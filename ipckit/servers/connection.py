@@ -59,9 +59,7 @@ class Terms:
         self.native_service = service is EchoService
         self.counters = counters
         self.log = log  # a MessageLog or LogWriter, or None
-        self.log_descriptors: list[int] = (
-            [log.native.writer, log.native.wake, log.native.acked] if log else []
-        )
+        self.log_descriptors: list[int] = log.descriptors if log else []
         """what a child that only appends keeps of it"""
         self._form = ffi.new("ik_connection *")
         form = self._form

@@ -15,16 +15,15 @@ from typing import Any, ClassVar
 
 from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
+from ipckit._spawner import CONNECTION, Spawner
 from ipckit._unpatched import os
 from ipckit.messagelog import MessageLog
-from ipckit.process import Child, NativeMemory, Reaper, fork, fork_native
+from ipckit.process import Child, Reaper, fork
 from ipckit.servers.connection import ENDS, Connection, accept, new_block
 from ipckit.servers.loop import READ
 from ipckit.servers.server import Server
 
 __all__ = ["ForkServer"]
-
-_CHILD = ffi.addressof(lib, "ik_connection_child")
 
 
 class ForkServer(Server):
@@ -50,9 +49,9 @@ class ForkServer(Server):
         self._reaper = Reaper()
         self._clients: dict[Child, tuple[int, str]] = {}
         self._held = False  # a connection is accepted, but not forked for yet
-        # One for all: each child gets it as it stood at its fork.
-        self._memory = NativeMemory("ik_connection_job")
-        self._job = self._memory.argument
+        self._spawner = Spawner()
+        # One for all: each child gets it as it stands then.
+        self._job = ffi.new("ik_connection_job *")
         self._native = ffi.addressof(self._job, "connection")
         if log:
             self._job.log = log.native[0]
@@ -86,9 +85,9 @@ class ForkServer(Server):
         self._let_go()
 
     def _start_child(self) -> Child:
-        keep = (self._native.socket, *self._terms.log_descriptors)
         if self._terms.native_service:
-            return fork_native(_CHILD, self._job, keep=keep, memory=self._memory)
+            fds = (self._native.socket, self._counted.fileno(), *self._terms.log_descriptors)
+            return self._spawner.start(CONNECTION, self._job, fds)
         return fork(self._serve_in_child, die_with_parent=True)
 
     def _serve_in_child(self) -> int:
@@ -117,4 +116,5 @@ class ForkServer(Server):
     def _end(self, deadline: float) -> None:
         if self._held:
             self._let_go()
+        self._spawner.close()
         self._end_children(self._reaper, deadline)

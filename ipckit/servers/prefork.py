@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO, ClassVar
 
 from ipckit._arguments import INT_MAX, integer
-from ipckit._native import ffi, lib
+from ipckit._native import lib
 from ipckit._unpatched import os, signal, time
 from ipckit.messagelog import MessageLog
 from ipckit.process import Child, ExitStatus, Reaper
@@ -29,7 +29,6 @@ from ipckit.servers.worker import Maker, Worker
 
 __all__ = ["PreforkServer"]
 
-_WORKER = ffi.addressof(lib, "ik_prefork_run")
 _SHRINK_EVERY = 0.1  # seconds
 _CALM = 1.0  # seconds since it last grew; clients come in waves
 
@@ -81,6 +80,7 @@ class PreforkServer(Server):
         self._owed = 0  # workers that died and are not replaced yet
         self._shrinking = False
         self._grew = 0.0
+        self._maker: Maker | None = None
         self._bell: BinaryIO | None = None
         self._events: Events | None = None
 
@@ -97,7 +97,8 @@ class PreforkServer(Server):
             self.loop.watch(self._events, READ, self._tell_events)
         listeners = [listener.fileno() for listener in self.listeners]
         events = self._events.writer if self._events else -1
-        self._maker = Maker(self._terms, self._board, listeners, bell, events, self._max_requests)
+        counters = self._counted.fileno()
+        self._maker = Maker(self._terms, self._board, counters, listeners, bell, events, self._max_requests)
         self.loop.watch(self._reaper, READ, self._reap)
 
     def _hang_bell(self) -> int:
@@ -131,6 +132,7 @@ class PreforkServer(Server):
 
     def _start_worker(self) -> Worker:
         self._grew = time.monotonic()
+        assert self._maker is not None
         self._newest = worker = self._maker.make(self._grew)
         self._pool[worker.child] = worker
         self._owed = max(0, self._owed - 1)
@@ -214,6 +216,8 @@ class PreforkServer(Server):
         return sum(self.stats().ends.values()) - self._killed
 
     def _end(self, deadline: float) -> None:
+        if self._maker is not None:
+            self._maker.close()
         self._end_children(self._reaper, deadline)
         self._tell_events()
         for file in (self._bell, self._events):

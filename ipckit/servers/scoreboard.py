@@ -2,12 +2,12 @@
 """What a pool of processes and its supervisor know of each other: scoreboard, bell, events, back-off."""
 
 import heapq
-import mmap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ipckit._native import ffi, lib
 from ipckit._unpatched import os, time
+from ipckit.memory import SharedMemory
 
 __all__ = ["Backoff", "Client", "Events", "Scoreboard"]
 
@@ -34,13 +34,12 @@ class Scoreboard:
     """
 
     def __init__(self, places: int, least_idle: int) -> None:
-        size = ffi.sizeof("ik_prefork_board") + places * (ffi.sizeof("ik_prefork_place") + 1)
-        self._shared = ffi.from_buffer(mmap.mmap(-1, size), require_writable=True)
+        self.memory = SharedMemory(lib.ik_prefork_board_size(places))
+        self._shared = ffi.from_buffer(self.memory.buf)
         self.native = ffi.cast("ik_prefork_board *", self._shared)
-        self._places = ffi.cast("ik_prefork_place *", self.native + 1)
-        self._states = ffi.cast("unsigned char *", self._places + places)
-        self.native.states, self.native.n_places = self._states, places
-        self.native.least_idle = least_idle
+        self.native.n_places, self.native.least_idle = places, least_idle
+        self._places = lib.ik_prefork_places(self.native)
+        self._states = lib.ik_prefork_states(self.native)
         self._free = list(range(places))  # a heap
 
     def take(self) -> int:

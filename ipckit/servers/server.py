@@ -20,7 +20,6 @@ slow, silent, or resets costs only itself. When the server is killed its process
 import errno
 import functools
 import logging
-import mmap
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from ipckit._arguments import INT_MAX, LONG_MAX, duration, integer
 from ipckit._handles import Rooted
 from ipckit._native import ffi, lib
 from ipckit._unpatched import os, signal, time
+from ipckit.memory import SharedMemory
 from ipckit.messagelog import LogStats, MessageLog
 from ipckit.process import Reaper
 from ipckit.servers.connection import ENDS, Terms
@@ -126,8 +126,8 @@ class Server(Rooted):
         if not self.listeners:
             raise ValueError("a server needs at least one listening socket")
         self._log = log
-        self._counted = mmap.mmap(-1, ffi.sizeof("ik_server_counters"))  # shared with the children
-        self._counters = ffi.from_buffer("ik_server_counters *", self._counted)
+        self._counted = SharedMemory(ffi.sizeof("ik_server_counters"))  # with the children
+        self._counters = ffi.from_buffer("ik_server_counters *", self._counted.buf)
         self._terms = Terms(
             service, log, self._counters, idle_timeout=idle, total_timeout=total, max_output=max_output
         )
@@ -203,6 +203,7 @@ class Server(Rooted):
                 self._stopping = True
                 self._end(time.monotonic() + patience)
                 self.loop.close()
+                self._counted.close(defer=True)  # the descriptor
                 event("stopped", "stopped")
 
     def stop(self) -> None:
