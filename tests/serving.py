@@ -110,17 +110,18 @@ class Served:
 
     def children(self):
         """The living children, the logger among them, and the zombies; without the spawner."""
-        found = [pid for pid in self._all_children() if not _may_spawn(pid)]
+        found = [pid for pid in self.everybody() if not _may_spawn(pid)]
         zombies = [pid for pid in found if _state(pid) in ("Z", "X")]
         return [pid for pid in sorted(found) if _state(pid) not in ("Z", "X", None)], zombies
 
     def spawner(self):
         """The program that makes its children, when there is one, and its last child goes by its own name."""
         found = []
-        eventually(lambda: found.append([*filter(_may_spawn, self._all_children())]) or len(found[-1]) == 1)
+        eventually(lambda: found.append([*filter(_may_spawn, self.everybody())]) or len(found[-1]) == 1)
         return found[-1][0]
 
-    def _all_children(self):
+    def everybody(self):
+        """Its children, of every kind, living or not."""
         found = set()
         for _ in range(3):  # one that ends while the kernel lists them may hide the next one
             for task in Path(f"/proc/{self.pid}/task").glob("*/children"):

@@ -9,8 +9,11 @@ import random
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 
+import procfs
 import pytest
+from conftest import eventually
 from fire import WHOLE, check_log, client_under_fire, client_until_closed, slice_of
 from serving import Served, wait_gone
 
@@ -19,6 +22,7 @@ from ipckit.servers import MODELS
 pytestmark = [pytest.mark.proof, *([pytest.mark.timeout(3000)] if WHOLE else [])]
 
 KILLS = slice_of(10_000, 500) // len(MODELS)
+STORM = slice_of(450, 40)
 STOPS = max(slice_of(1000, 24) // len(MODELS), 2)
 
 
@@ -64,6 +68,74 @@ def kill_in_turn(server, chance, count):
             os.kill(victim, signal.SIGKILL)
             killed["loggers" if victim == logger else "workers"] += 1
     return killed
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_storm_of_kills_and_stops_and_rotations(model, tmp_path, forked):
+    """Workers, loggers and the spawner are killed and stopped, and the log is renamed, all under load."""
+    log, stop, notes = tmp_path / "log", tmp_path / "stop", [tmp_path / f"notes{n}" for n in range(6)]
+    with Served(log, "--format", "record", model=model) as server:
+        clients = [forked(client_under_fire, server.address, n, notes[n], stop) for n in range(6)]
+        for client in clients:
+            client.wait_ready()
+        hit, rotated = storm(server, random.Random(7))
+        stop.touch()
+        wake_until(server, lambda: all(procfs.state(client.pid) == "Z" for client in clients))
+        assert [client.wait() for client in clients] == [0] * len(clients)
+        code, printed = server.stop()
+    assert code == 0, printed
+    parts = [*rotated, log]
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"".join(part.read_bytes() for part in parts if part.exists()))
+    connections, cut, echoed = check_log(whole, notes)
+    assert hit["ipckit-logger"]
+    if model in ("fork", "prefork"):
+        assert hit["ipckit-spawner"]
+    print(f"\n{model}: {sum(hit.values())} kills and stops ({dict(hit)}), {len(rotated)} rotations: {connections} connections, "
+          f"{cut} cut, {echoed:,} bytes echoed: lost 0, doubled 0")  # fmt: skip
+
+
+def storm(server, chance):
+    """What was hit, by its name, and the files that the log was renamed to."""
+    hit, rotated = Counter(), []
+    while sum(hit.values()) < STORM:
+        names = {pid: name_of(pid) for pid in server.everybody()}
+        kind = chance.choice(sorted(set(names.values()))) if names else None
+        if victims := [pid for pid, name in names.items() if name == kind]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(victims), chance.choice([signal.SIGKILL] * 3 + [signal.SIGSTOP]))
+                hit[kind] += 1
+        for pid in names:
+            if chance.random() < 0.5:
+                wake(pid)
+        if chance.random() < 0.1 and server.path.exists():
+            rotated.append(server.path.with_name(f"log.{len(rotated)}"))
+            server.path.rename(rotated[-1])
+            os.kill(server.pid, signal.SIGHUP)
+        time.sleep(chance.random() * 0.03)  # a log gives up when its loggers die 100 times in a second
+    return hit, rotated
+
+
+def name_of(pid):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def wake(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def wake_until(server, condition):
+    """Until it holds, let none of the server's children stand still."""
+
+    def woken():
+        for pid in server.everybody():
+            wake(pid)
+        return condition()
+
+    eventually(woken)
 
 
 @pytest.mark.parametrize("model", MODELS)
