@@ -26,7 +26,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar of
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check strict proof proof-server proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects \
-  bench-sync bench-engine ctest csrc cbench cpeers lint format docs matrix clean
+  bench-sync bench-spawner bench-engine ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	@echo "== the demonstration: an echo server, its clients, its log"
@@ -200,7 +200,7 @@ proof: $(VENV)/.built-test ctest cpeers proofs
 proof-server: $(VENV)/.built-test
 	IPCKIT_PROOF=1 $(BIN)/python -m pytest -q -s tests/proof/test_servers_kill.py $(PYTEST)
 
-bench-streams bench-objects bench-sync: bench-%: $(VENV)/.built-test cbench
+bench-streams bench-objects bench-sync bench-spawner: bench-%: $(VENV)/.built-test cbench
 	$(BIN)/python bench/bench_$*.py $(BENCH)
 
 # The peers one by one, so that what does not install here is named and left out.
