@@ -76,12 +76,7 @@ static int sleep_until_ready(ik_posix_queue *queue, short events, int64_t deadli
     return rc == 0 ? -ETIMEDOUT : both[1].revents ? -EBADF : 0;
 }
 
-enum { LOOK = 20000 /* nanoseconds */, MOST_MISSES = 10 };
-
-static void relax(int times) {
-    for (int i = 0; i < times; i++)
-        __asm__ volatile("pause");
-}
+enum { LOOK = 20000 /* nanoseconds */, PAUSES = 16, MOST_MISSES = 10 };
 
 /* An answer often comes sooner than a sleeper can be woken, so look for a moment first; but after
  * looks in vain, as on a busy machine, leave it ever longer. Threads may mix up the two counts:
@@ -94,7 +89,8 @@ static int look(ik_posix_queue *queue, short events) {
     }
     int rc = -ETIMEDOUT;
     for (int64_t start = ik_wait_now(); rc == -ETIMEDOUT && ik_wait_now() - start < LOOK;) {
-        relax(16);
+        for (int i = 0; i < PAUSES; i++)
+            ik_wait_relax();
         rc = ik_wait_fd(queue->fd, events, IK_NOW);
     }
     int misses = rc != -ETIMEDOUT ? 0 : __atomic_load_n(&queue->misses, __ATOMIC_RELAXED);

@@ -49,7 +49,7 @@ int ik_wait_fd(int fd, int events, int64_t deadline_ns) {
 
 /* --- spinning -------------------------------------------------------------------------------- */
 
-static void relax(void) {
+void ik_wait_relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -83,7 +83,7 @@ static uint32_t spin_budget(ik_spin *spin) {
 }
 
 static int look(const uint32_t *word, uint32_t seen, int times) {
-    for (int i = 0; i < times; i++, relax())
+    for (int i = 0; i < times; i++, ik_wait_relax())
         /* Relaxed: who sees the change reads the word anew, with acquire, before using it. */
         if (__atomic_load_n(word, __ATOMIC_RELAXED) != seen)
             return 1;

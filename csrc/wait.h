@@ -25,6 +25,9 @@ int64_t ik_wait_now(void);
  * The events that poll reported (> 0), or -ETIMEDOUT, -EINTR, -EBADF. */
 int ik_wait_fd(int fd, int events, int64_t deadline_ns);
 
+/* Tell the processor that this is a loop that looks for a change. */
+void ik_wait_relax(void);
+
 /* Look at *word for a moment: 1 if it changed from seen, or 0. How long a moment is depends on
  * whether spinning paid before; it is none where this thread has one processor only. */
 int ik_wait_spin(const uint32_t *word, uint32_t seen, ik_spin *spin);
