@@ -26,7 +26,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar of
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check strict proof proof-server proofs asan tsan fuzz model mutants bench-server bench-streams bench-objects \
-  bench-sync bench-spawner bench-engine ctest csrc cbench cpeers lint format docs matrix clean
+  bench-sync bench-spawner bench-engine check-arm ctest csrc cbench cpeers lint format docs matrix clean
 
 demo: $(VENV)/.built
 	@echo "== the demonstration: an echo server, its clients, its log"
@@ -98,20 +98,30 @@ $(BUILD)/libipckit.a: $(OBJECTS)
 	@rm -f $@
 	@ar rcs $@ $^
 
-$(BUILD)/tests/%: tests/c/%.c $(BUILD)/libipckit.a
+$(BUILD)/tests/%: tests/c/%.c tests/c/kernel.h $(BUILD)/libipckit.a
 	@mkdir -p $(@D)
 	@echo "compiling $<"
 	@$(CC) $(CFLAGS_ALL) -UNDEBUG -o $@ $< $(BUILD)/libipckit.a -pthread
 
 # SLICES=1: the slices of the proofs that are in them, too.
+# RUN: what runs them, if it is not this machine's processor.
 SLICES =
+RUN =
 ctest: $(CTESTS)
 	@echo "== tests in C"
 	@for program in $(CTESTS); do \
-	  IPCKIT_SLICES=$(SLICES) timeout $(LIMIT) $$program; status=$$?; \
+	  IPCKIT_SLICES=$(SLICES) timeout $(LIMIT) $(RUN) $$program; status=$$?; \
 	  case $$status in 0) echo "ok   $$program";; 77) echo "skip $$program";; \
 	  *) echo "FAIL $$program (status $$status)"; exit 1;; esac; \
 	done
+
+# For another processor, by Debian's cross compiler and an emulator of user programs. The tests find out what the
+# emulator lacks of a kernel (robust futexes, for one), and say what they leave out.
+check-arm:
+	@command -v aarch64-linux-gnu-gcc >/dev/null && command -v qemu-aarch64 >/dev/null \
+	  || { echo "check-arm needs: apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"; exit 1; }
+	@$(MAKE) --no-print-directory ctest CC=aarch64-linux-gnu-gcc BUILD=build/aarch64 WERROR=-Werror \
+	  RUN='qemu-aarch64 -L /usr/aarch64-linux-gnu'
 
 # What the sanitizers find ends the program. TSan sees races between threads only, not between processes,
 # and takes no notice of fences (-Wno-tsan), on which no access rests that isn't atomic itself.

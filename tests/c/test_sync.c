@@ -17,6 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "kernel.h"
 #include "sync.h"
 
 /* Every so many instructions one is where the kill comes; a sanitizer makes many more of them. */
@@ -595,7 +596,8 @@ int main(int count, char **arguments) {
         return 0;
     test_attach();
     test_all_seats();
-    test_seats_of_the_dead_are_free();
+    if (has("robust futexes", robust_futexes()))
+        test_seats_of_the_dead_are_free();
     test_first_come_first_notified();
     test_time_out_in_a_barrier();
     test_the_former_round_must_leave();

@@ -8,9 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/msg.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "kernel.h"
 #include "sysv_queue.h"
 #include "wait.h"
 
@@ -170,7 +173,19 @@ static void a_fork_child_has_nothing_of_the_watch(void) {
     drop(queue, m);
 }
 
+/* That a timer can send the highest signal to one thread. */
+static bool timers_of_threads(void) {
+    int id;
+    struct sigevent to_me = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGRTMAX};
+    to_me._sigev_un._tid = gettid();
+    if (syscall(SYS_timer_create, CLOCK_MONOTONIC, &to_me, &id) < 0)
+        return false;
+    return syscall(SYS_timer_delete, id) == 0;
+}
+
 int main(void) {
+    if (!has("a timer for each thread", timers_of_threads()))
+        return 77;
     a_receive_ends_at_its_deadline();
     a_close_at_any_moment_ends_every_wait();
     a_watch_takes_nothing_but_empty_messages();
