@@ -16,17 +16,20 @@ answer to each. ``python -m ipckit.servers.urgent [--variant V] [--port N]`` run
 
 import argparse
 import fcntl
-import logging
-import math
+import functools
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any, ClassVar
 
 from ipckit import sockets
-from ipckit._arguments import INT_MAX, duration, integer
+from ipckit._arguments import duration
+from ipckit._native import lib
 from ipckit._unpatched import os, select, signal, time
 from ipckit.servers.listening import endpoint, listen
-from ipckit.servers.loop import delay
-from ipckit.signals import SignalQueue, blocked
+from ipckit.servers.loop import READ, WRITE
+from ipckit.servers.server import Server
+from ipckit.signals import blocked
 
 __all__ = ["VARIANTS", "UrgentServer"]
 
@@ -37,23 +40,21 @@ _MOST = 1 << 21  # echo held for a client; beyond that no more is read, and no u
 # An urgent byte can't overtake what the kernel has, so that is little: echo is handed over only while less
 # than this is unsent. The urgent byte is not held back so: its announcement goes even to a full receiver.
 _UNSENT = 16384
-_PAUSE = 1.0
-_LONGEST_POLL = 3600.0  # poll(2) takes an int of milliseconds
-
-_log = logging.getLogger(__name__)
 
 
 class _Client:
     """One connection, and what it is owed."""
 
-    def __init__(self, sock: socket.socket, variant: str) -> None:
+    def __init__(self, sock: socket.socket, variant: str, counters: Any) -> None:
         self.sock = sock
         self.urgent = b""
         self.echo = bytearray()
         self.ended = False
         self.told = True  # of an urgent byte; at first it may have come before anybody could be told
         self.moved = time.monotonic()
-        self._exceptional = select.POLLPRI if variant == "pollpri" else 0
+        self._counters = counters
+        self._exceptional: int = select.POLLPRI if variant == "pollpri" else 0
+        sock.setblocking(False)
         if variant == "sigurg":
             fcntl.fcntl(sock, fcntl.F_SETOWN, os.getpid())
         # In the stream, first after the mark. Taken out of line and ahead of it, an urgent byte would be
@@ -66,13 +67,13 @@ class _Client:
 
     def wanted(self) -> int:
         """The events to wait for."""
-        reading = select.POLLIN | self._exceptional if not self.ended and len(self.echo) < _MOST else 0
-        return reading | (select.POLLOUT if self.urgent or self.echo else 0)
+        reading = READ | self._exceptional if not self.ended and len(self.echo) < _MOST else 0
+        return reading | (WRITE if self.urgent or self.echo else 0)
 
     def attend(self, events: int) -> bool:
         """A piece of the stream or the urgent byte, then the answers; False when all is done."""
-        self.told = (self.told or bool(events & select.POLLPRI)) and bool(events & select.POLLIN)
-        if events & ~select.POLLOUT:
+        self.told = (self.told or bool(events & select.POLLPRI)) and bool(events & READ)
+        if events & ~WRITE:
             self._receive()
         with suppress(TimeoutError):  # no room for all of it
             self._answer()
@@ -97,110 +98,105 @@ class _Client:
             sockets.send_urgent(self.sock, self.urgent, timeout=0)
             self._hand_over(_UNSENT)
             self.urgent = b""
-            self.moved = time.monotonic()
+            self._count(1)
         if self.echo and not self.told:
-            del self.echo[: sockets.send(self.sock, self.echo[:_UNSENT], timeout=0)]
-            self.moved = time.monotonic()
+            sent = sockets.send(self.sock, self.echo[:_UNSENT], timeout=0)
+            del self.echo[:sent]
+            self._count(sent)
+
+    def _count(self, sent: int) -> None:
+        self.moved = time.monotonic()
+        self._counters.echoes += 1
+        self._counters.bytes += sent
 
 
-class UrgentServer:
-    """Serve *listener*'s connections, all in one process.
+class UrgentServer(Server):
+    """Serve all connections in this process, waiting with poll(2), which knows of urgent data.
 
-    Args: listener: a listening TCP socket; made non-blocking, closed at the stop. variant: see the module.
-        max_connections: at that many at a time the next ones wait in the backlog.
-        idle_timeout: seconds after which a client that sends and takes nothing is closed; None: never.
-    Raises: ValueError for another variant or a number out of range.
+    Args: variant: see the module. max_connections: 256 if not given. The others: see Server; there is no
+        log, and no service but the echo.
+    Raises: ValueError for another variant, and with ``sigurg`` from ``serve()`` if another thread than
+        the main one calls it.
     """
+
+    model: ClassVar[str] = "urgent"
+    most: ClassVar[int] = 256
 
     def __init__(
         self,
-        listener: socket.socket,
+        listeners: "socket.socket | Sequence[socket.socket]",
         *,
         variant: str = "sigurg",
-        max_connections: int = 256,
+        max_connections: int | None = None,
         idle_timeout: float | None = 60.0,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
-        self._listener = listener
+        super().__init__(listeners, max_connections=max_connections, idle_timeout=idle_timeout)
         self._variant = variant
-        self._max_connections = integer(max_connections, "max_connections", 1, INT_MAX)
         self._idle = duration(idle_timeout, "idle_timeout")
         self._clients: set[_Client] = set()
-        self._paused_until = 0.0
-        self._stop_at = math.inf
+        self._former: Any = None  # of SIGURG
 
-    def serve(self, *, stop_timeout: float | None = 5.0) -> None:
-        """Serve until SIGTERM or SIGINT; then accept no more, answer what has come, return.
+    def _open(self) -> int:
+        return len(self._clients)
 
-        Who has not taken the answers after *stop_timeout* seconds is cut off. Call it in the main thread,
-        before others start: both signals and SIGURG are blocked meanwhile and taken by a descriptor.
-        """
-        patience = delay(stop_timeout, "stop_timeout")
-        self._listener.setblocking(False)
-        with SignalQueue([signal.SIGTERM, signal.SIGINT, signal.SIGURG]) as signals, self._listener:
-            try:
-                while self._stop_at == math.inf or (self._clients and time.monotonic() < self._stop_at):
-                    self._turn(signals, patience)
-            finally:
-                while self._clients:
-                    self._clients.pop().sock.close()
+    def _begin(self) -> None:
+        if self._variant == "sigurg":
+            self._former = signal.signal(signal.SIGURG, self._announced) or signal.SIG_DFL
+        if self._terms.tick is not None:
+            self.loop.every(self._terms.tick, self._tick)
 
-    def _turn(self, signals: SignalQueue, stop_timeout: float) -> None:
-        ready = self._wait(signals)
-        if signals.fileno() in ready:
-            self._signalled({info.signo for info in signals.recv_many(timeout=0)}, stop_timeout)
-        if self._listener.fileno() in ready:
-            self._accept()
+    def _announced(self, *_: object) -> None:
+        """SIGURG, for one client or several. Nothing wakes the loop: what is announced will be readable."""
+        for client in self._clients:
+            client.told = True
+
+    # --- a client's life
+
+    def _arrived(self, listener: socket.socket) -> None:
+        client = self._try("accept", lambda: _Client(listener.accept()[0], self._variant, self._counters))
+        if client is None:
+            return
+        self._counters.accepted += 1
+        self._clients.add(client)
+        self.loop.watch(client.sock, client.wanted(), functools.partial(self._attend, client))
+        self._listen()
+
+    def _attend(self, client: _Client, events: int) -> None:
+        try:
+            end = None if client.attend(events) else lib.IK_END_DONE
+        except OSError:  # that costs only itself
+            end = lib.IK_END_RESET
+        if end is None:
+            self.loop.poller.modify(client.sock, client.wanted())
+        else:
+            self._close(client, end)
+
+    def _close(self, client: _Client, end: int) -> None:
+        self._counters.ends[end] += 1
+        self._clients.remove(client)
+        self.loop.forget(client.sock)
+        client.sock.close()
+        self._freed()
+
+    def _tick(self) -> None:
+        latest = time.monotonic() - self._idle
+        for client in [client for client in self._clients if client.moved <= latest]:
+            self._close(client, lib.IK_END_IDLE)
+
+    # --- the end
+
+    def _end(self, deadline: float) -> None:
+        for client in self._clients:
+            with suppress(OSError):  # reset already
+                client.sock.shutdown(socket.SHUT_RD)  # what has come is still read, then the end
+        while self._clients and time.monotonic() < deadline:
+            self.loop.turn(deadline)
         for client in list(self._clients):
-            if not self._goes_on(client, ready.get(client.sock.fileno(), 0)):
-                self._clients.remove(client)
-                client.sock.close()
-                self._paused_until = 0.0  # now there is one of what was short
-
-    def _wait(self, signals: SignalQueue) -> dict[int, int]:
-        """The descriptors that are ready, each with its events."""
-        now = time.monotonic()
-        moments = [self._stop_at, *(client.moved + self._idle for client in self._clients)]
-        poll = select.poll()
-        poll.register(signals, select.POLLIN)
-        for client in self._clients:
-            poll.register(client.sock, client.wanted())
-        if now < self._paused_until:
-            moments.append(self._paused_until)
-        elif self._stop_at == math.inf and len(self._clients) < self._max_connections:
-            poll.register(self._listener, select.POLLIN)
-        return dict(poll.poll(1000 * min(max(0.0, min(moments) - now), _LONGEST_POLL)))
-
-    def _signalled(self, signals: set[int], stop_timeout: float) -> None:
-        for client in self._clients:
-            if signal.SIGURG in signals:  # for one of them, or several
-                client.told = True
-            if signals - {signal.SIGURG}:
-                with suppress(OSError):  # reset already
-                    client.sock.shutdown(socket.SHUT_RD)  # what has come is still read, then the end
-        if signals - {signal.SIGURG}:
-            self._stop_at = min(self._stop_at, time.monotonic() + stop_timeout)
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except BlockingIOError:  # the client has gone again
-            return
-        except OSError as error:  # of that connection, or out of descriptors or memory: others may do, later
-            _log.warning("accept: %s; new connections wait", error)
-            self._paused_until = time.monotonic() + _PAUSE
-            return
-        connection.setblocking(False)
-        self._clients.add(_Client(connection, self._variant))
-
-    def _goes_on(self, client: _Client, events: int) -> bool:
-        """See to *client* if there is anything to do; False when it is to be closed."""
-        try:
-            going = client.attend(events) if events or client.told else True
-        except OSError:  # reset: that costs only itself
-            return False
-        return going and time.monotonic() < client.moved + self._idle
+            self._close(client, lib.IK_END_CUT)
+        if self._former is not None:
+            signal.signal(signal.SIGURG, self._former)
 
 
 def main() -> None:
