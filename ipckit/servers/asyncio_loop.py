@@ -29,7 +29,7 @@ class AsyncioLoop(Loop):
     """It turns by itself until ``wake()``; what asyncio calls directly doesn't end a ``turn()``."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(None, 1)
+        super().__init__()
         self.asyncio = loop
         self._failure: BaseException | None = None
 

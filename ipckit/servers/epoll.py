@@ -23,4 +23,4 @@ class EpollServer(MultiplexServer):
     model: ClassVar[str] = "epoll"
 
     def _new_loop(self) -> Loop:
-        return Loop(select.epoll(), 1)
+        return Loop(select.epoll())

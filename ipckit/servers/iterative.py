@@ -12,9 +12,7 @@ server of the textbook waits for ever. Signals, deadlines and the logger are see
 import socket
 from typing import Any, ClassVar
 
-from ipckit.servers.loop import Loop
 from ipckit.servers.multiplex import MultiplexServer
-from ipckit.servers.poll import poll_loop
 
 __all__ = ["IterativeServer"]
 
@@ -31,9 +29,6 @@ class IterativeServer(MultiplexServer):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._max_connections = 1
-
-    def _new_loop(self) -> Loop:
-        return poll_loop()
 
     def _arrived(self, listener: socket.socket) -> None:
         self._accept(listener)

@@ -58,7 +58,7 @@ class SelectServer(MultiplexServer):
     most: ClassVar[int] = 960
 
     def _new_loop(self) -> Loop:
-        return Loop(SelectPoller(), 1)
+        return Loop(SelectPoller())
 
     def _can_watch(self, fd: int) -> bool:
         if fd <= _HIGHEST - _OURS:

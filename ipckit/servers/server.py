@@ -150,10 +150,8 @@ class Server(Rooted):
     # --- what a model says
 
     def _new_loop(self) -> Loop:
-        """What to wait with."""
-        from ipckit.servers.poll import poll_loop
-
-        return poll_loop()
+        """What to wait with: poll(2), unless the model says something else."""
+        return Loop()
 
     def _begin(self) -> None:
         """Before the first connection."""
