@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -194,6 +195,102 @@ int ik_signals_forget(int signum) {
         return 0;
     uint64_t tail = atomic_load(&r->tail);
     return atomic_exchange(&r->head, tail) != tail;
+}
+
+/* --- the self-pipe ---------------------------------------------------------------------------- */
+
+/* A bit a signal, as the kernel has it for the standard ones: it can't overflow, so none is lost
+ * behind many of another kind. */
+static _Atomic uint64_t noted;
+static _Atomic int bells[SIGNALS + 1]; /* descriptor + 1; 0: none */
+static _Atomic int ringing;            /* handlers, in all threads, that may know a bell */
+static _Atomic int bells_of;           /* the process */
+static struct sigaction displaced[SIGNALS + 1];
+
+static int bell_of(int signum) {
+    return getpid() == atomic_load(&bells_of) ? atomic_load(&bells[signum]) - 1 : -1;
+}
+
+static void ring_bell(int fd) {
+    const uint64_t one = 1;
+    ssize_t n = write(fd, &one, sizeof one);
+    (void)n; /* EAGAIN: it is ringing already */
+}
+
+/* All signals are blocked in the handler: this one comes once more when it has returned. */
+static void hand_back(int signum, siginfo_t *info) {
+    sigaction(signum, &displaced[signum], NULL);
+    syscall(SYS_rt_tgsigqueueinfo, getpid(), (int)syscall(SYS_gettid), signum, info);
+}
+
+/* Only what signal-safety(7) allows. Noting comes before ringing: who is woken finds it. Without a
+ * bell (in a child that was forked behind Python's back; or somebody put this handler back after
+ * its time) the signal is as if we had never been. */
+static void note(int signum, siginfo_t *info, void *context) {
+    (void)context;
+    int saved = errno;
+    atomic_fetch_add(&ringing, 1);
+    int fd = bell_of(signum);
+    if (fd >= 0) {
+        atomic_fetch_or(&noted, bit(signum));
+        ring_bell(fd);
+    }
+    atomic_fetch_sub(&ringing, 1);
+    if (fd < 0)
+        hand_back(signum, info);
+    errno = saved;
+}
+
+int ik_signals_displace(int signum) {
+    struct sigaction now;
+    if (sigaction(signum, NULL, &now) < 0)
+        return -errno;
+    if (now.sa_sigaction != note)
+        displaced[signum] = now;
+    return 0;
+}
+
+int ik_signals_note(int signum) {
+    struct sigaction ours = {.sa_sigaction = note}, former;
+    sigfillset(&ours.sa_mask);
+    ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_RESTART; /* other threads need not know */
+    if (sigaction(signum, &ours, &former) < 0)
+        return -errno;
+    if (former.sa_sigaction != note)
+        python_handler = former.sa_handler;
+    return 0;
+}
+
+int ik_signals_bell(int signum, int fd) {
+    atomic_store(&bells_of, getpid());
+    int former = atomic_exchange(&bells[signum], fd + 1) - 1;
+    while (atomic_load(&ringing)) /* a few instructions of another thread */
+        sched_yield();
+    if (fd >= 0 && atomic_load(&noted) & bit(signum))
+        ring_bell(fd);
+    return former;
+}
+
+void ik_signals_note_again(int signum) {
+    struct sigaction now;
+    if (sigaction(signum, NULL, &now) == 0 && now.sa_handler == python_handler)
+        ik_signals_note(signum);
+    int fd = bell_of(signum);
+    if (fd < 0)
+        return;
+    atomic_fetch_or(&noted, bit(signum));
+    ring_bell(fd);
+}
+
+uint64_t ik_signals_take(uint64_t set) {
+    return atomic_fetch_and(&noted, ~set) & set;
+}
+
+void ik_signals_forget_notes(void) {
+    atomic_store(&noted, 0);
+    atomic_store(&ringing, 0); /* of threads that are not in this process */
+    for (int s = 1; s <= SIGNALS; s++)
+        atomic_store(&bells[s], 0);
 }
 
 /* --- masks ----------------------------------------------------------------------------------- */

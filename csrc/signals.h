@@ -1,4 +1,5 @@
-/* signals.h - signals with their payload: sigaction, masks, sigqueue, signalfd. See signal(7).
+/* signals.h - signals with their payload: sigaction, masks, sigqueue, signalfd, the self-pipe. See
+ * signal(7).
  *
  * The handler in C only stores the siginfo in a ring of its signal and then calls CPython's own
  * handler, which makes the interpreter call signals.py. That looks with the calls below:
@@ -64,6 +65,23 @@ int ik_signals_next(ik_signals_look *look);
 void ik_signals_begin(ik_signals_look *look, uint64_t mask);
 /* Ends the look. If something is left, CPython is made to look once more. */
 void ik_signals_leave(ik_signals_look *look);
+
+/* The self-pipe: a handler in C that notes the signal and rings an eventfd, whichever thread it
+ * runs in. Main thread, in this order: displace, signal.signal(), bell, note.
+ *
+ * displace: remember the disposition, for who gets the signal when there is no bell. */
+int ik_signals_displace(int signum);
+/* Put our handler before CPython's. 0, -EINVAL. */
+int ik_signals_note(int signum);
+/* Have fd rung from now on, at once if the signal is noted already; -1: none. When this returns no
+ * thread rings the former one any more, and it may be closed. The former one, or -1. */
+int ik_signals_bell(int signum, int fd);
+/* CPython's handler got it: note it, and be the handler again. */
+void ik_signals_note_again(int signum);
+/* Those of set that were noted since the last call. */
+uint64_t ik_signals_take(uint64_t set);
+/* A forked child: nothing is noted, no bell. */
+void ik_signals_forget_notes(void);
 
 /* Block set in the calling thread; *ret_added are those that were not blocked. */
 void ik_signals_block(uint64_t set, uint64_t *ret_added);

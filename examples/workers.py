@@ -22,11 +22,9 @@ with Reaper() as reaper:
         workers[child] = number
 
     next(iter(workers)).kill()
-    while workers:
-        select.select([reaper], [], [])
-        for child, status in reaper.reap():
-            print(f"worker {workers.pop(child)} {status}")
-            if status.signaled:
-                reaper.send_signal(signal.SIGTERM)
+    select.select([reaper], [], [])
+    for child, status in [*reaper.reap(), *reaper.stop(timeout=10)]:
+        print(f"worker {workers[child]} {status}")
 
-print("no child is left" if not os.path.exists(f"/proc/{child.pid}") else "a zombie is left")
+left = [child for child in workers if os.path.exists(f"/proc/{child.pid}")]
+print(f"{len(left)} are left" if left else "no child is left")

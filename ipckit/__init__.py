@@ -73,6 +73,7 @@ from ipckit.signals import SA_NODEFER as SA_NODEFER
 from ipckit.signals import SA_RESETHAND as SA_RESETHAND
 from ipckit.signals import SA_RESTART as SA_RESTART
 from ipckit.signals import Action as Action
+from ipckit.signals import SelfPipe as SelfPipe
 from ipckit.signals import SigInfo as SigInfo
 from ipckit.signals import SignalQueue as SignalQueue
 from ipckit.signals import blocked as blocked

@@ -24,9 +24,9 @@ from ipckit import _hot, _procfs, signals
 from ipckit._arguments import INT_MAX, Descriptor, fileno_of, integer
 from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
-from ipckit._unpatched import os, select, signal
+from ipckit._unpatched import os, select, signal, time
 from ipckit.errors import Closed, check
-from ipckit.wait import READ, deadline, polled, ready, until_ready
+from ipckit.wait import FOREVER, READ, deadline, polled, ready, remaining, until_ready
 
 __all__ = [
     "Child",
@@ -47,6 +47,8 @@ _WHY = {
     errno.ENFILE: "fork: no descriptor left for the pidfd of the child",
     errno.ENOSYS: "fork: pidfd_open needs Linux 5.3",
 }
+
+_SLICE_NS = 100_000_000
 
 
 # --- how a child ended -----------------------------------------------------------------------------
@@ -307,8 +309,9 @@ def fork(
 
     Signals are blocked from before the fork until the child has its handlers, so none is lost: those
     that had a Python handler in the parent get their default action (SIGINT too), *handlers* come
-    on top, what was ignored stays ignored, and the mask is the parent's again. stdout and stderr are
-    flushed before the fork, and by the child at its end.
+    on top, what was ignored stays ignored, and the mask is the parent's again, without what its
+    SignalQueues have blocked: those are closed in the child, unless *keep* names them. stdout and
+    stderr are flushed before the fork, and by the child at its end.
 
     If SIGCHLD is ignored (or SA_NOCLDWAIT set) the kernel would drop the child's status, so then its
     default action is set in this process.
@@ -412,6 +415,7 @@ def _run(
         if kept is not None:
             _release_all_but(kept)
         _hot._unblock()
+        signals.close_queues(kept or ())
         code = _code(target(*args))
         _flush()
     except SystemExit as stop:
@@ -516,7 +520,7 @@ class Reaper(Rooted):
     With *on_exit*, inside its with-block and if the main thread entered that, a handler of SIGCHLD
     (SA_NOCLDSTOP) calls reap(), then the Python handler that was there before; leaving restores
     that. Otherwise call reap() when ``fileno()`` is readable. Leaving lets go of the children that
-    still live: they are neither killed nor waited for.
+    still live: they are neither killed nor waited for; stop() does both.
 
     Args: on_exit: called as ``on_exit(child, status)`` once for each, by whatever reaps it.
     Fork: of use to the process that made it only. Threads: any may call.
@@ -528,6 +532,7 @@ class Reaper(Rooted):
         self._living: dict[Child, None] = {}
         self._by_pidfd: dict[int, Child] = {}
         self._epoll = select.epoll()
+        self._stopping = False
         self._former: signals.Action | None = None  # of SIGCHLD, while ours is installed
 
     def fileno(self) -> int:
@@ -559,13 +564,13 @@ class Reaper(Rooted):
         return child
 
     def fork(self, target: Callable[..., object], *args: object, **options: Any) -> Child:
-        """As fork(), and add() the child."""
-        self._check_usable()
+        """As fork(), and add() the child. Raises: as fork(); Closed, also from on_exit while stop() runs."""
+        self._check_may_fork()
         return self.add(fork(target, *args, **options))
 
     def fork_native(self, main: Any, argument: Any, **options: Any) -> Child:
-        """As fork_native(), and add() the child."""
-        self._check_usable()
+        """As fork_native(), and add() the child. Raises: as fork_native(); Closed, as fork()."""
+        self._check_may_fork()
         return self.add(fork_native(main, argument, **options))
 
     def reap(self) -> list[tuple[Child, ExitStatus]]:
@@ -629,6 +634,64 @@ class Reaper(Rooted):
             with suppress(Closed):  # ended and reaped meanwhile
                 child.send_signal(signum)
 
+    def stop(self, timeout: float | None = 10.0) -> list[tuple[Child, ExitStatus]]:
+        """End all children: SIGTERM to each, and SIGKILL to those that live on at the end of *timeout*.
+
+        Blocks until none is left, whatever happens: an exception (of on_exit, of a signal's handler) comes
+        out when the others have ended, and if it is one that ends programs (KeyboardInterrupt) SIGKILL
+        follows at once. A child that is stopped sees only SIGKILL; one that the kernel holds (state D)
+        is waited for. No child can be forked by this reaper meanwhile, so on_exit replaces none.
+
+        Args: timeout: seconds for the orderly end; None for ever.
+        Returns: the children that there were, and how each ended, whoever reaped it; all closed.
+        Raises: what reap() and on_exit raised first; OSError EPERM for a child that has another user by now,
+            which lives on. See kill(2).
+        """
+        self._check_usable()
+        children, failures = list(self), list[Exception]()
+        deadline_ns = deadline(timeout)
+        self._stopping = True
+        try:
+            self._end_all(signal.SIGTERM, deadline_ns, failures)
+        finally:
+            self._end_all(signal.SIGKILL, FOREVER, failures)
+            self._stopping = False
+        if failures:
+            raise failures[0]
+        return [(child, child.status) for child in children if child.status is not None]
+
+    def _end_all(self, signum: int, deadline_ns: int, failures: list[Exception]) -> None:
+        """Signal each; reap until none is left, or until the deadline. Errors are added to *failures*."""
+        poller = select.poll()
+        poller.register(self, select.POLLIN)
+        told: dict[Child, bool] = {}
+        while True:
+            for child in self:
+                if child not in told:  # some are added meanwhile
+                    told[child] = self._tell(child, signum, failures)
+            try:
+                self.reap()
+            except Exception as error:
+                failures.append(error)
+            if not any(told.get(child, True) for child in self) or remaining(deadline_ns) == 0:
+                break
+            # In slices: another thread may have reaped the last one, and then the epoll tells nothing.
+            slice_ns = time.monotonic_ns() + _SLICE_NS
+            polled(poller, slice_ns if deadline_ns == FOREVER else min(deadline_ns, slice_ns))
+
+    def _tell(self, child: Child, signum: int, failures: list[Exception]) -> bool:
+        """Send it; False if it can't be sent."""
+        try:
+            child.send_signal(signum)
+        except Closed:  # reaped meanwhile by another thread; or somebody closed it, and nobody can reap it
+            return False
+        except ProcessLookupError:  # reaped by somebody else: reap() will say so
+            return True
+        except OSError as error:
+            failures.append(error)
+            return False
+        return True
+
     def close(self) -> None:
         """Let go of the children that still live. Closing twice is nothing."""
         self._epoll.close()
@@ -654,11 +717,17 @@ class Reaper(Rooted):
     def _on_sigchld(self, info: signals.SigInfo) -> None:
         former = self._former
         try:
-            if self._parent == os.getpid():  # not in a child made by a bare os.fork()
+            # Not in a child made by a bare os.fork(); stop() does it itself.
+            if self._parent == os.getpid() and not self._stopping:
                 self.reap()
         finally:
             if former is not None and callable(former.handler):
                 former.handler(*((info,) if former.info else (info.signo, None)))
+
+    def _check_may_fork(self) -> None:
+        self._check_usable()
+        if self._stopping:
+            raise Closed("the reaper is stopping")
 
     def _check_usable(self) -> None:
         self.fileno()

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Signals with their payload: sigaction with flags, mask and siginfo; sigqueue; signalfd. See signal(7).
+"""Signals with their payload: sigaction with flags, mask and siginfo; sigqueue; signalfd; the self-pipe.
 
 ``signal.signal()`` keeps one bit per signal: what comes twice before Python looks is one call, and who
 sent it with which value is gone. Here the handler in C stores the siginfo of each arrival and then calls
 CPython's own handler, so that ``set_wakeup_fd``, asyncio and EINTR work as ever; Python handlers run, as
 ever, in the main thread between two bytecodes, once for each arrival and in the order of arrival.
+See signal(7).
 """
 
 import errno
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +30,7 @@ __all__ = [
     "SA_NODEFER",
     "SA_RESETHAND",
     "SA_RESTART",
+    "SelfPipe",
     "SigInfo",
     "SignalQueue",
     "blocked",
@@ -349,7 +352,9 @@ class SignalQueue(Rooted):
 
     Args: signals: their numbers.
     Raises: ValueError for none, or for what is not a signal; OSError EINVAL for SIGKILL and SIGSTOP, EMFILE.
-    Fork: the child reads the signals sent to it. An executed program inherits the blocked signals.
+    Fork: a child of ``ipckit.fork`` has the queue closed and its signals not blocked, so it can be
+        terminated; ``keep=[queue]`` leaves it both. A child of os.fork() has both, and reads the signals
+        sent to it. An executed program inherits the blocked signals: who starts programs takes SelfPipe.
     Threads: any number may receive; each signal goes to one. See signalfd(2).
     """
 
@@ -363,6 +368,7 @@ class SignalQueue(Rooted):
             raise ValueError("a SignalQueue needs at least one signal")
         self.signals = _members(bits)
         try:
+            _queues.add(self)
             lib.ik_signals_block(bits, self._added)
             self._fd = check(lib.ik_signals_open(bits), "signalfd")
         except BaseException:
@@ -443,3 +449,171 @@ class SignalQueue(Rooted):
     async def __aiter__(self) -> AsyncIterator[SigInfo]:
         while not self.closed:
             yield await self.arecv()
+
+
+_queues: "weakref.WeakSet[SignalQueue]" = weakref.WeakSet()
+
+
+def close_queues(kept: Container[int]) -> None:
+    """In a child of fork(): close all queues but those whose descriptor is *kept*, and undo their masks.
+
+    Those were set on the user's behalf, and in whatever thread forked: the others had to have them too.
+    """
+    blocked_by_closed = blocked_for_kept = 0
+    for queue in list(_queues):
+        if queue._fd in kept:
+            blocked_for_kept |= _set(queue.signals)
+        elif queue._fd >= 0:
+            blocked_by_closed |= queue._added[0]
+            fd, queue._fd = queue._fd, -1
+            os.close(fd)
+    lib.ik_signals_unblock(blocked_by_closed & ~blocked_for_kept)
+
+
+# --- the self-pipe -------------------------------------------------------------------------------
+
+
+class SelfPipe(Rooted):
+    """Signals as a descriptor to wait for, by handlers in C: the self-pipe trick, an eventfd for the pipe.
+
+    Whichever thread gets a signal, it is noted, and nothing of Python is interrupted; nothing is blocked
+    either, so threads that were there before do no harm, and programs that are started inherit nothing. One
+    that comes twice before take() is one. The signals are unblocked in the calling thread meanwhile: what
+    waited behind ``blocked()`` is noted at once.
+
+    close() puts back what was there before, Python's handler and the kernel's action alike; a handler that
+    somebody has set since stays. What nobody has taken by then is sent again. SelfPipes may be nested: the
+    inner one has what the outer one has noted, and leaves it what it does not take.
+
+    Args: signals: their numbers; none, if only ``wake()`` is to be waited for.
+    Raises: ValueError for what is not a signal, or for any outside the main thread; OSError EINVAL for
+        SIGKILL and SIGSTOP, EMFILE.
+    Fork: in the child it is closed, with what was there before in place. Threads: make and close it in the
+        main thread; any may wake. See eventfd(2), signal-safety(7).
+    """
+
+    _fd = -1
+
+    def __init__(self, signals: Iterable[int] = ()) -> None:
+        self.signals = frozenset(_catchable(signum, "SelfPipe") for signum in signals)
+        self._bits = _set(self.signals)
+        self._former: dict[int, Action] = {}
+        self._bells: dict[int, int] = {}  # of the outer SelfPipe, or -1
+        self._held_off: set[int] = set()
+        self._lock = threading.RLock()  # a handler in the midst of close() may wake
+        for signum in self.signals:
+            _only_in_main_thread(signum)
+        _close_in_children()
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            if self.signals:
+                _self_pipes.append(self)
+            for signum in self.signals:
+                self._take_over(signum)
+            self._held_off = signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals) & self.signals
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_over(self, signum: int) -> None:
+        """Python's table first, as sigaction() does: so it tells that there is a handler, and which."""
+        self._former[signum] = _current(signum)
+        self._bells[signum] = lib.ik_signals_bell(signum, self._fd)
+        check(lib.ik_signals_displace(signum), f"SelfPipe of {_name(signum)}")
+        signal.signal(signum, self._arrived)
+        check(lib.ik_signals_note(signum), f"SelfPipe of {_name(signum)}")
+
+    def _arrived(self, signum: int, _: FrameType | None) -> None:
+        """Somebody put signal.signal()'s former result back: Python's table knows us, the kernel does not."""
+        if self.closed:
+            self._former[signum].restore()
+            signal.raise_signal(signum)
+        else:
+            lib.ik_signals_note_again(signum)
+
+    def fileno(self) -> int:
+        """The descriptor; readable when there may be something to take. Raises: Closed."""
+        if self._fd < 0:
+            raise Closed(f"{self!r}")
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def take(self) -> frozenset[int]:
+        """The signals that have come since the last call, maybe none; never blocks. Raises: Closed."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.fileno())
+        return _members(lib.ik_signals_take(self._bits))
+
+    def wake(self) -> None:
+        """Make the descriptor readable; nothing if it is closed. From any thread, or a handler."""
+        if self._fd >= 0:
+            with self._lock:
+                if self._fd >= 0:
+                    os.eventfd_write(self._fd, 1)
+
+    def close(self) -> None:
+        """Put back what was there before; again does nothing. Close those nested in this one before.
+
+        Raises: ValueError outside the main thread.
+        """
+        if self.closed:
+            return
+        for signum in self.signals:
+            _only_in_main_thread(signum)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._held_off)
+        with blocked():
+            self._give_back()
+            for signum, bell in self._bells.items():
+                lib.ik_signals_bell(signum, bell)
+            with self._lock:
+                self._let_go()
+            for signum in self._untaken():
+                signal.raise_signal(signum)
+
+    def _give_back(self) -> None:
+        for signum, action in self._former.items():
+            if signal.getsignal(signum) == self._arrived:
+                _put(action)
+
+    def _let_go(self) -> None:
+        if self in _self_pipes:
+            _self_pipes.remove(self)
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def _untaken(self) -> frozenset[int]:
+        """What is not left to an outer one."""
+        outermost = _set(signum for signum, bell in self._bells.items() if bell < 0)
+        return _members(lib.ik_signals_take(outermost))
+
+    __del__ = finalizer(close)  # of one without signals; the others are in the list
+
+    def __enter__(self) -> "SelfPipe":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        names = ", ".join(map(_name, sorted(self.signals)))
+        state = "closed" if self.closed else f"descriptor {self._fd}"
+        return f"<SelfPipe of {names or 'no signals'}, {state}>"
+
+
+_self_pipes: list[SelfPipe] = []  # those with signals, the innermost last
+
+
+@cache
+def _close_in_children() -> None:
+    os.register_at_fork(after_in_child=_close_all)
+
+
+def _close_all() -> None:
+    """In a forked child: it must neither ring its parent's bells nor take what they tell."""
+    lib.ik_signals_forget_notes()
+    for self_pipe in reversed(list(_self_pipes)):
+        self_pipe._give_back()
+        self_pipe._let_go()

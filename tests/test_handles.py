@@ -66,6 +66,7 @@ MAKERS = {
     "Barrier": lambda: ipckit.Barrier(2),
     "MessageLog": lambda: MessageLog("a.log"),
     "synced MessageLog": lambda: MessageLog("b.log", durability="synced", format="record"),
+    "SelfPipe": lambda: ipckit.SelfPipe([signal.SIGUSR1]),
     "SignalQueue": lambda: ipckit.SignalQueue([signal.SIGUSR1]),
     "Child": lambda: ipckit.fork(lambda: 0),
     "Reaper": ipckit.Reaper,

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 #include <assert.h>
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -10,7 +12,7 @@
 #include "kernel.h"
 #include "signals.h"
 
-static int python_calls;
+static volatile int python_calls;
 
 static void like_cpython(int signum) {
     (void)signum;
@@ -183,6 +185,95 @@ static bool forged_faults(void) {
     return waitpid(pid, &status, 0) == pid && status == 0;
 }
 
+static const uint64_t TERM = UINT64_C(1) << (SIGTERM - 1);
+
+static void note(int signum, int fd) {
+    assert(ik_signals_displace(signum) == 0);
+    signal(signum, like_cpython);
+    assert(ik_signals_bell(signum, fd) == -1);
+    assert(ik_signals_note(signum) == 0);
+}
+
+static uint64_t rung(int fd) {
+    uint64_t count = 0;
+    assert(read(fd, &count, sizeof count) == sizeof count || errno == EAGAIN);
+    return count;
+}
+
+static void *raise_here(void *signum) {
+    raise(*(int *)signum);
+    return NULL;
+}
+
+static void a_signal_is_noted_whichever_thread_gets_it(void) {
+    int fd = eventfd(0, EFD_NONBLOCK), signum = SIGTERM;
+    note(SIGTERM, fd);
+    pthread_t thread;
+    pthread_create(&thread, NULL, raise_here, &signum);
+    pthread_join(thread, NULL);
+    assert(rung(fd) == 1);
+    errno = EXDEV;
+    raise(SIGTERM);
+    assert(errno == EXDEV);
+    raise(SIGTERM);
+    assert(rung(fd) == 2);
+    assert(ik_signals_take(~TERM) == 0 && ik_signals_take(TERM) == TERM);
+    assert(ik_signals_take(~UINT64_C(0)) == 0);
+
+    raise(SIGTERM); /* a bell that comes later rings for it too */
+    assert(rung(fd) == 1);
+    assert(ik_signals_bell(SIGTERM, fd) == fd && rung(fd) == 1);
+    assert(ik_signals_take(TERM) == TERM);
+    close(fd);
+}
+
+static void cpython_s_handler_gives_way(void) {
+    int fd = eventfd(0, EFD_NONBLOCK);
+    assert(ik_signals_bell(SIGTERM, fd) >= 0);
+    python_calls = 0;
+    signal(SIGTERM, like_cpython);
+    raise(SIGTERM);
+    assert(python_calls == 1 && rung(fd) == 0);
+    ik_signals_note_again(SIGTERM);
+    assert(rung(fd) == 1);
+    raise(SIGTERM);
+    assert(python_calls == 1 && rung(fd) == 1);
+    close(fd);
+}
+
+static volatile int theirs;
+
+static void their_handler(int signum, siginfo_t *info, void *context) {
+    (void)context;
+    theirs += signum == SIGUSR2 && info->si_code == SI_QUEUE && info->si_value.sival_int == 42;
+}
+
+static void without_a_bell_it_is_as_if_it_had_never_been(void) {
+    struct sigaction action = {.sa_sigaction = their_handler, .sa_flags = SA_SIGINFO}, now;
+    sigaction(SIGUSR2, &action, NULL);
+    note(SIGUSR2, -1);
+    assert(ik_signals_queue(getpid(), SIGUSR2, 42) == 0);
+    assert(theirs == 1);
+    sigaction(SIGUSR2, NULL, &now);
+    assert(now.sa_sigaction == their_handler && now.sa_flags & SA_SIGINFO);
+}
+
+static void so_in_a_forked_child(void) {
+    int fd = eventfd(0, EFD_NONBLOCK), status;
+    signal(SIGTERM, SIG_DFL);
+    note(SIGHUP, fd);
+    int pid = fork();
+    if (pid == 0) {
+        raise(SIGHUP);
+        _exit(1);
+    }
+    assert(waitpid(pid, &status, 0) == pid);
+    assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGHUP && rung(fd) == 0);
+    raise(SIGHUP);
+    assert(rung(fd) == 1);
+    close(fd);
+}
+
 int main(void) {
     if (has("forged faults", forged_faults()))
         each_kind_has_its_fields_and_zero_in_the_others();
@@ -190,5 +281,9 @@ int main(void) {
     what_is_held_back_can_be_blocked_for_good();
     the_interrupted_code_keeps_its_errno();
     a_look_within_a_look_waits_for_the_outer_one();
+    a_signal_is_noted_whichever_thread_gets_it();
+    cpython_s_handler_gives_way();
+    without_a_bell_it_is_as_if_it_had_never_been();
+    so_in_a_forked_child();
     return 0;
 }
