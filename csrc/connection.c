@@ -405,13 +405,24 @@ void ik_connection_join(ik_connection_thread *thread) {
 /* --- a child of its own ------------------------------------------------------------------------*/
 
 static ik_connection *guarded;
+static int guard; /* the process */
+
+/* A child that the service forks has these handlers too, and the connection is not its own: there
+ * the signal has its default action from now on, and comes once more when the handler returns. */
+static int is_for_us(int signum) {
+    if (getpid() == guard)
+        return 1;
+    signal(signum, SIG_DFL);
+    raise(signum);
+    return 0;
+}
 
 /* shutdown(2) is async-signal-safe, and ends a read that has begun as well as the next one: there
  * is no moment at which SIGTERM could be missed. What has come already is still read. */
 static void on_stop(int signum) {
-    (void)signum;
     int saved = errno;
-    ik_connection_stop(guarded);
+    if (is_for_us(signum))
+        ik_connection_stop(guarded);
     errno = saved;
 }
 
@@ -424,6 +435,20 @@ static void on_tick(int signum) {
     errno = saved;
 }
 
+/* A terminal's Ctrl-C is for the server, which then sends SIGTERM; the others are its too. They are
+ * not ignored, unless they were before: programs that a service starts would inherit that. */
+static void on_not_ours(int signum) {
+    int saved = errno;
+    is_for_us(signum);
+    errno = saved;
+}
+
+static void leave_to_server(int signum) {
+    struct sigaction ours = {.sa_handler = on_not_ours, .sa_flags = SA_RESTART}, now;
+    if (sigaction(signum, NULL, &now) == 0 && now.sa_handler != SIG_IGN)
+        sigaction(signum, &ours, NULL);
+}
+
 static void start_ticks(int64_t period_ns) {
     int64_t us = (period_ns + 999) / 1000;
     struct timeval each = {us / 1000000, us % 1000000};
@@ -434,21 +459,24 @@ static void start_ticks(int64_t period_ns) {
 
 void ik_connection_guard(ik_connection *c) {
     guarded = c;
+    guard = getpid();
     struct sigaction action = {.sa_handler = on_stop, .sa_flags = SA_RESTART};
     sigaction(SIGTERM, &action, NULL);
     action.sa_handler = on_tick;
     sigaction(SIGALRM, &action, NULL);
-    /* A terminal's Ctrl-C is for the server, which then sends SIGTERM; the others are its too. */
-    const int not_ours[] = {SIGINT, SIGHUP, SIGUSR1, SIGPIPE};
-    for (size_t i = 0; i < sizeof not_ours / sizeof *not_ours; i++)
-        signal(not_ours[i], SIG_IGN);
+    const int not_ours[] = {SIGINT, SIGHUP, SIGUSR1};
+    sigset_t handled;
+    sigemptyset(&handled);
+    sigaddset(&handled, SIGTERM);
+    sigaddset(&handled, SIGALRM);
+    for (size_t i = 0; i < sizeof not_ours / sizeof *not_ours; i++) {
+        leave_to_server(not_ours[i]);
+        sigaddset(&handled, not_ours[i]);
+    }
+    signal(SIGPIPE, SIG_IGN); /* as Python has it; subprocess undoes that */
     start_ticks(ik_connection_tick_ns(c->idle_ns, c->total_ns));
-    sigset_t ours;
-    sigemptyset(&ours);
-    sigaddset(&ours, SIGTERM);
-    sigaddset(&ours, SIGALRM);
     ik_process_unblock();
-    sigprocmask(SIG_UNBLOCK, &ours, NULL); /* the server itself may take them through a signalfd */
+    sigprocmask(SIG_UNBLOCK, &handled, NULL); /* blocked for the fork, or by the server's caller */
 }
 
 int ik_connection_child(void *argument) {

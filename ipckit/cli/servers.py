@@ -20,12 +20,13 @@ from ipckit.cli.commands import Seconds, SocketPath, group, one_line
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, Server, Service, listening, server_class
 from ipckit.servers import client as split_client
-from ipckit.signals import blocked, sigaction
+from ipckit.servers.server import taken_signals
+from ipckit.servers.terminal import terminal
+from ipckit.signals import SelfPipe, sigaction
 
 _SECONDS = Seconds()
 _COUNT = click.IntRange(min=1)
 _PORT = click.IntRange(0, 65535)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # Server takes them
 
 _SERVER_OPTIONS: "list[tuple[str, Any, str, str]]" = [
     ("--max-connections", _COUNT, "N", "Connections at a time; further ones wait."),
@@ -62,24 +63,48 @@ def _log_option(text: str) -> Callable[[_Command], _Command]:
     )
 
 
-def _service_class(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> "type[Service] | None":
+def _service_class(value: str) -> "type[Service]":
     """MODULE:CLASS or FILE.py:CLASS, a subclass of ipckit.servers.Service."""
-    if value is None:
-        return None
+    with _ended_by(signal.SIGTERM, signal.SIGINT):
+        return _loaded_class(value)
+
+
+@contextlib.contextmanager
+def _ended_by(*numbers: int) -> Iterator[None]:
+    """What is done in a with-statement may take any time, or wait for ever: such a signal ends it, and us."""
+    came: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        came.append(number)
+        raise SystemExit(0)
+
+    with contextlib.ExitStack() as stack:
+        for number in numbers:
+            stack.enter_context(sigaction(number, end))
+        try:
+            yield
+        finally:
+            if came:  # even if something has caught it
+                raise SystemExit(0)
+
+
+def _loaded_class(value: str) -> "type[Service]":
     where, _, name = value.rpartition(":")
     if not (where and name):
-        raise click.BadParameter(f"{value!r} is not MODULE:CLASS or FILE.py:CLASS")
+        raise _bad_service(f"{value!r} is not MODULE:CLASS or FILE.py:CLASS")
     try:
         module = _load_file(where) if where.endswith(".py") else _load_module(where)
     except Exception as error:  # whatever the module does when it is loaded
-        raise click.BadParameter(f"{where!r} can't be loaded: {type(error).__name__}: {error}") from error
+        raise _bad_service(f"{where!r} can't be loaded: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Service)):
         what = "nothing" if found is None else repr(found)
-        raise click.BadParameter(f"{value!r} must be a subclass of ipckit.servers.Service, and is {what}")
+        raise _bad_service(f"{value!r} must be a subclass of ipckit.servers.Service, and is {what}")
     return found
+
+
+def _bad_service(why: str) -> click.BadParameter:
+    return click.BadParameter(why, param_hint="'--service'")
 
 
 def _load_module(name: str) -> ModuleType:
@@ -162,7 +187,6 @@ def _keyword(option: str) -> str:
 )
 @click.option(
     "--service",
-    callback=_service_class,
     metavar="WHERE:CLASS",
     help="Serve by this class in place of the echo: MODULE:CLASS or FILE.py:CLASS, a subclass of "
     "ipckit.servers.Service.",
@@ -222,8 +246,11 @@ def serve(
         raise click.UsageError("--live needs standard error to be a terminal, without --json")
     given = _check(model, options, keyboard, live)
     serving.tell_events(verbose=verbose, as_json=as_json)
+    terminal()  # as it is at the start
     # From here on a signal is kept until the server takes it: none comes too early.
-    with blocked(_SIGNALS), contextlib.ExitStack() as stack:
+    with SelfPipe(taken_signals()), contextlib.ExitStack() as stack:
+        if "service" in given:
+            given["service"] = _service_class(given["service"])
         listeners = [stack.enter_context(each) for each in _listeners(hosts, port, unix, activated)]
         log = None if no_log else _open_log(path, format, durability)
         server = _made(model, listeners, log, given)
@@ -236,7 +263,7 @@ def serve(
         if log is not None:
             with one_line(path):
                 log.close(timeout=stop_timeout)
-        for number in _SIGNALS:  # asked twice: we end anyway, and with status 0
+        for number in taken_signals():  # asked twice: we end anyway, and with status 0
             sigaction(number, signal.SIG_IGN)
     serving.show(stats, as_json=as_json)
 

@@ -18,10 +18,10 @@ from ipckit._native import ffi, lib
 from ipckit._spawner import CONNECTION, Spawner
 from ipckit._unpatched import os
 from ipckit.messagelog import MessageLog
-from ipckit.process import Child, Reaper, fork
+from ipckit.process import Child, Reaper
 from ipckit.servers.connection import ENDS, Connection, accept, new_block
 from ipckit.servers.loop import READ
-from ipckit.servers.server import Server
+from ipckit.servers.server import Server, fork_server_child
 
 __all__ = ["ForkServer"]
 
@@ -88,7 +88,7 @@ class ForkServer(Server):
         if self._terms.native_service:
             fds = (self._native.socket, self._counted.fileno(), *self._terms.log_descriptors)
             return self._spawner.start(CONNECTION, self._job, fds)
-        return fork(self._serve_in_child, die_with_parent=True)
+        return fork_server_child(self._serve_in_child)
 
     def _serve_in_child(self) -> int:
         for listener in self.listeners:

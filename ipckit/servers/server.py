@@ -5,10 +5,14 @@
 signal      what the server does
 ==========  =====================================================================================
 SIGTERM     accepts no more, answers what has come already, ends; SIGINT too
-SIGHUP      opens the log's path again, after a rotation (``MessageLog.reopen()``); that of a
-            terminal that closes ends the server, unless it is ignored (nohup)
+SIGHUP      opens the log's path again, after a rotation (``MessageLog.reopen()``); ends the server if
+            the controlling terminal that it was started with is gone; nothing if ignored (nohup)
 SIGUSR1     prints its statistics
 ==========  =====================================================================================
+
+serve() takes them by a ``SelfPipe``: threads that a service has started before do no harm, and the programs
+that it starts have neither blocked nor ignored signals of ours. In another thread than the main one serve()
+takes none: ``stop()`` ends it.
 
 A service manager is told when the server is ready, opens its log again, and stops (``notify()``).
 
@@ -32,14 +36,15 @@ from ipckit._native import ffi, lib
 from ipckit._unpatched import os, signal, time
 from ipckit.memory import SharedMemory
 from ipckit.messagelog import LogStats, MessageLog
-from ipckit.process import Reaper
+from ipckit.process import Child, Reaper, fork
 from ipckit.servers.connection import ENDS, Terms
 from ipckit.servers.listening import endpoint, notify
 from ipckit.servers.loop import READ, Loop, delay
 from ipckit.servers.service import EchoService, Service
-from ipckit.signals import SigInfo, SignalQueue
+from ipckit.servers.terminal import LOOK_AGAIN, LOOK_EVERY, terminal
+from ipckit.signals import SelfPipe, blocked, is_main_thread
 
-__all__ = ["Server", "ServerStats"]
+__all__ = ["Server", "ServerStats", "fork_server_child", "taken_signals"]
 
 # accept(2): errors of the one connection, not of the listener; the next one may do.
 _TRY_NEXT = {
@@ -49,8 +54,8 @@ _TRY_NEXT = {
 # Out of descriptors, memory or processes: it passes when some connection ends.
 _SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
 _PAUSE = 0.1
-_SI_KERNEL = 0x80  # sigaction(2): the kernel sent it
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_STOPS = {signal.SIGTERM, signal.SIGINT}
+_SIGNALS = {*_STOPS, signal.SIGHUP, signal.SIGUSR1}
 
 _log = logging.getLogger("ipckit.servers")
 _T = TypeVar("_T")
@@ -133,6 +138,7 @@ class Server(Rooted):
         )
         self._killed = 0
         self._replaced = 0
+        self._signals: SelfPipe | None = None  # while it serves
         self._stopping = False
         self._paused = False
         self._last_warning = 0.0
@@ -178,11 +184,13 @@ class Server(Rooted):
         """Serve until SIGTERM or SIGINT; then accept no more, let the connections end, return.
 
         What has come already is answered and logged. What has not ended after *stop_timeout* seconds is
-        cut. Call it in the main thread, before others start: the signals of the module's table are
-        blocked meanwhile and taken by a descriptor.
+        cut. In the main thread the signals of the module's table are handled meanwhile, and unblocked: one
+        that waits behind ``blocked()`` or in a SelfPipe of the caller's is taken at once. What was there
+        before is put back at the end; a child that the service forks has it from the beginning.
         """
         patience = delay(stop_timeout, "stop_timeout")
-        with SignalQueue(_SIGNALS) as signals:
+        with SelfPipe(taken_signals() if is_main_thread() else ()) as signals:
+            self._signals = signals
             self._watch(signals)
             at = ", ".join(map(endpoint, self.listeners))
             event("listening", "listening on %s", at, model=self.model, at=at, pid=os.getpid())
@@ -205,24 +213,41 @@ class Server(Rooted):
                 event("stopped", "stopped")
 
     def stop(self) -> None:
-        """End serve() as SIGTERM does; from a function that the loop calls."""
+        """End serve() as SIGTERM does; from any thread, or a handler of a signal."""
         self._stopping = True
-        self.loop.wake()
+        if self._signals is not None:
+            self._signals.wake()
 
-    def _watch(self, signals: SignalQueue) -> None:
+    def _watch(self, signals: SelfPipe) -> None:
         self.loop.watch(signals, READ, lambda _: self._signalled(signals))
+        if terminal().was_there:
+            self.loop.every(LOOK_EVERY, terminal().look)
         self._watch_logger()
         for listener in self.listeners:
             listener.setblocking(False)
 
-    def _signalled(self, signals: SignalQueue) -> None:
-        for info in signals.recv_many(timeout=0):
-            if info.signo == signal.SIGUSR1:
-                self._tell()
-            elif info.signo == signal.SIGHUP and not _lost_terminal(info):
-                self._reopen()
-            else:
-                self.stop()
+    def _signalled(self, signals: SelfPipe) -> None:
+        came = signals.take()
+        if signal.SIGUSR1 in came:
+            self._tell()
+        if signal.SIGHUP in came:
+            self._hung_up()
+        if came & _STOPS:
+            self.stop()
+        if self._stopping:
+            self.loop.wake()
+
+    def _hung_up(self) -> None:
+        if terminal().is_lost():
+            self.stop()
+            return
+        self._reopen()
+        if terminal().was_there:
+            self.loop.after(LOOK_AGAIN, self._stop_without_terminal)
+
+    def _stop_without_terminal(self) -> None:
+        if terminal().is_lost():
+            self.stop()
 
     def _tell(self) -> None:
         stats = asdict(self.stats())
@@ -356,12 +381,20 @@ class Server(Rooted):
         )
 
 
-def _lost_terminal(info: SigInfo) -> bool:
-    """Whether this SIGHUP is the kernel's, about a terminal that was closed, and not somebody's kill -HUP.
+def taken_signals() -> "set[signal.Signals]":
+    """Those of the module's table; an ignored SIGHUP stays so, here and in what a service starts."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return _SIGNALS - {signal.SIGHUP} if is_ignored else _SIGNALS
 
-    An ignored signal that is blocked comes all the same, so nohup has to be looked for.
+
+def fork_server_child(target: Callable[[], int]) -> Child:
+    """A child for a service in Python, which dies with us.
+
+    The signals of the module's table wait until ``ik_connection_guard()``: before, they would have their
+    default action.
     """
-    return info.code == _SI_KERNEL and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    with blocked(_SIGNALS):
+        return fork(target, die_with_parent=True)
 
 
 def tells_of_connections() -> bool:

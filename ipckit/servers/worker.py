@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from ipckit._native import ffi, lib
 from ipckit._spawner import WORKER, Spawner
-from ipckit.process import Child, fork
+from ipckit.process import Child
 from ipckit.servers.connection import Connection, Terms, new_block
 from ipckit.servers.scoreboard import Scoreboard
+from ipckit.servers.server import fork_server_child
 
 __all__ = ["Maker", "Worker"]
 
@@ -74,7 +75,7 @@ class Maker:
     def _fork(self) -> Child:
         if self._terms.native_service:
             return self._spawner.start(WORKER, self._job, self._fds)
-        return fork(self._work, die_with_parent=True)
+        return fork_server_child(self._work)
 
     def _work(self) -> int:
         """The life of a worker whose service is in Python."""
