@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import errno
 import fcntl
 import os
@@ -1063,6 +1064,113 @@ def test_process_1_reaps_its_own_children_and_leaves_the_orphans_that_it_adopts(
 
     with fork(outside) as child:
         assert child.wait(PATIENCE).code == 0
+
+
+# --- stopping -------------------------------------------------------------------------------------
+
+
+def stubborn(writer):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.write(writer, b".")
+    pause_for_ever()
+
+
+def test_stop_ends_all_in_order_if_they_obey(pipe):
+    reader, writer = pipe
+
+    def obeys():
+        os.write(writer, b".")
+        pause_for_ever()
+
+    with Reaper() as reaper:
+        ended = reaper.fork(int)
+        select.select([ended], [], [], PATIENCE)
+        killed = reaper.fork(pause_for_ever)
+        exits = reaper.fork(obeys, handlers={signal.SIGTERM: lambda *_: sys.exit(3)})
+        assert told(reader) == b"."
+        assert reaper.stop(PATIENCE) == [(child, child.status) for child in (ended, killed, exits)]
+        assert (ended.status.code, killed.status.signal, exits.status.code) == (0, signal.SIGTERM, 3)
+        assert len(reaper) == 0 and reaper.stop() == []
+        reaper.fork(int)  # it can be used again
+        reaper.wait(PATIENCE)
+
+
+def test_stop_kills_those_that_do_not_obey(pipe):
+    reader, writer = pipe
+    with Reaper() as reaper:
+        ignores, stopped = reaper.fork(stubborn, writer), reaper.fork(pause_for_ever)
+        stopped.send_signal(signal.SIGSTOP)
+        eventually(lambda: state(stopped.pid) == "T")
+        assert told(reader) == b"."
+        statuses = dict(reaper.stop(0.05))
+        assert statuses[ignores].signal == statuses[stopped].signal == signal.SIGKILL
+        assert not any(Path(f"/proc/{child.pid}").exists() for child in statuses)
+
+
+def test_stop_waits_for_an_orderly_end_as_long_as_it_may(pipe):
+    reader, writer = pipe
+
+    def slow():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.write(writer, b".")
+        signal.sigwait([signal.SIGTERM])
+        os.read(going, 1)
+        return 5
+
+    going, go = os.pipe()
+    with Reaper() as reaper:
+        child = reaper.fork(slow)
+        assert told(reader) == b"."
+        thread = threading.Timer(0.05, os.write, (go, b"!"))
+        thread.start()
+        assert reaper.stop(None) == [(child, child.status)]
+        assert child.status.code == 5
+        thread.join()
+    os.close(going)
+    os.close(go)
+
+
+@pytest.mark.parametrize("use_handler", [False, True])
+def test_stop_leaves_nobody_whatever_on_exit_does(use_handler):
+    seen = []
+
+    def on_exit(child, status):
+        seen.append(child)
+        if len(seen) == 1:
+            with pytest.raises(Closed, match="the reaper is stopping"):
+                reaper.fork(pause_for_ever)
+            raise ZeroDivisionError
+
+    reaper = Reaper(on_exit)
+    with reaper if use_handler else contextlib.closing(reaper):
+        children = [reaper.fork(pause_for_ever) for _ in range(5)]
+        with pytest.raises(ZeroDivisionError):
+            reaper.stop(PATIENCE)
+        assert len(reaper) == 0
+    assert sorted(child.pid for child in seen) == sorted(child.pid for child in children)
+    assert all(child.status.signal == signal.SIGTERM for child in children)
+
+
+def test_ctrl_c_during_stop_kills_the_rest_at_once(pipe):
+    reader, writer = pipe
+    with Reaper() as reaper:
+        child = reaper.fork(stubborn, writer)
+        assert told(reader) == b"."
+        thread = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            reaper.stop(None)
+        thread.join()
+        assert len(reaper) == 0 and child.status.signal == signal.SIGKILL
+
+
+def test_stop_tells_of_a_child_that_somebody_else_reaped_when_the_others_have_ended():
+    with Reaper() as reaper:
+        lost, other = reaper.fork(int), reaper.fork(pause_for_ever)
+        os.waitpid(lost.pid, 0)
+        with pytest.raises(ChildProcessError, match=f"child {lost.pid} was reaped by somebody else"):
+            reaper.stop(PATIENCE)
+        assert len(reaper) == 0 and other.status.signal == signal.SIGTERM
 
 
 # --- the example -----------------------------------------------------------------------------------
