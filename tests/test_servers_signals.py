@@ -125,6 +125,15 @@ def test_a_child_that_a_service_forks_can_be_terminated(tmp_path, model):
         assert server.stop()[0] == 0
 
 
+def test_a_thread_that_does_not_end_can_be_ended_by_asking_twice(tmp_path):
+    options = service(tmp_path, THREAD.replace("daemon=True", "daemon=False") + UPPER, "Upper")
+    with Served(tmp_path / "log", *options, model="epoll") as server:
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "served" in server.errors())
+        eventually(lambda: server.process.send_signal(signal.SIGTERM) or server.process.poll() is not None)
+        assert server.process.returncode == -signal.SIGTERM
+
+
 # --- from the first moment on --------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ipckit._unpatched import os, signal
+from ipckit._unpatched import os, signal, threading
 from ipckit.cli import serving
 from ipckit.cli.commands import Seconds, SocketPath, group, one_line
 from ipckit.messagelog import MessageLog
@@ -263,9 +263,15 @@ def serve(
         if log is not None:
             with one_line(path):
                 log.close(timeout=stop_timeout)
-        for number in taken_signals():  # asked twice: we end anyway, and with status 0
-            sigaction(number, signal.SIG_IGN)
+        if not _is_kept_by_a_thread():
+            for number in taken_signals():  # asked twice: we end anyway, and with status 0
+                sigaction(number, signal.SIG_IGN)
     serving.show(stats, as_json=as_json)
+
+
+def _is_kept_by_a_thread() -> bool:
+    """Whether the interpreter will wait for a thread of the service: then it must help to ask twice."""
+    return any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
 
 
 def _check(model: str, options: "dict[str, Any]", keyboard: bool | None, live: bool) -> "dict[str, Any]":
