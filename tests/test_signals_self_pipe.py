@@ -116,6 +116,7 @@ def test_wake_from_another_thread_and_without_any_signal():
     self_pipe.wake()  # nobody hears
 
 
+@pytest.mark.serial  # beside others there is a thread that would take what is blocked here
 def test_what_was_blocked_is_taken_at_once_and_blocked_again_after_it():
     with blocked([USR1, USR2]):
         os.kill(os.getpid(), USR1)
