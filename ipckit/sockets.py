@@ -512,8 +512,8 @@ def bind_unix(
     """Bind an AF_UNIX socket of any type to *path*; replace what a dead process of this user left there.
 
     Of several that bind at a time exactly one does. A socket that some process has, listening or not
-    yet, is found to be alive without connecting to it. Blocks only while another process replaces
-    something in the same folder, for which the folder must be readable.
+    yet, is found to be alive without connecting to it. Blocks only while another process of this user
+    replaces the same socket, behind the lock of a file beside it, ``.NAME.lock``, which goes afterwards.
 
     Args: sock: a socket object. mode: permissions of the file, whatever the umask, and never more; who may
         write it may connect. timeout: seconds.
@@ -521,8 +521,8 @@ def bind_unix(
     Raises: OSError EADDRINUSE if somebody has a socket there; EEXIST for anything else there, a link or a
         socket file with several names; EPERM if what is there belongs to another user; EACCES if it may
         not be asked (its mode keeps us out), and for the folder; ENOENT; EINVAL if *sock* is bound;
-        TimeoutError (ETIMEDOUT) if the folder stays locked; TypeError if *sock* is not AF_UNIX; ValueError
-        for another mode; as check_path().
+        and likewise EPERM and EEXIST for the file of the lock; TimeoutError (ETIMEDOUT) if that stays
+        locked; TypeError if *sock* is not AF_UNIX; ValueError for another mode; as check_path().
     Fork: a child may use the socket, only the maker removes the file. Threads: any. See bind(2), unix(7).
     """
     name = check_path(path)
@@ -549,21 +549,52 @@ def _is_bound(sock: socket.socket, path: str) -> bool:
 def _replace(sock: socket.socket, path: str, until: int) -> None:
     # bind(2) is exclusive, replacing isn't: of two who found the same dead file the second would remove
     # the file that the first has just made.
-    with _locked(os.path.dirname(path) or ".", until, path):
+    with _locked(path, until):
         _make_way(path)
         if not _is_bound(sock, path):
             check(-errno.EADDRINUSE, path)
 
 
 @contextmanager
-def _locked(folder: str, until: int, path: str) -> Iterator[None]:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _locked(path: str, until: int) -> Iterator[None]:
+    """Hold the lock of replacing *path*: a file beside it that no other user can open.
+
+    A lock of the folder is one that whoever may read the folder can keep for ever.
+    """
+    folder, name = os.path.split(path)
+    place = os.path.join(folder, f".{name}.lock")
+    fd = _take_lock(place, f"lock of {place!r}, to bind {path!r}", until)
     try:
-        _lock(fd, f"lock of {folder!r}, to bind {path!r}", until)
         yield
     finally:
+        # Removed while it is held: those who wait for it see that they have the lock of no name.
+        with suppress(OSError):
+            os.unlink(place)
         fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked by another thread has a copy of the descriptor
         os.close(fd)
+
+
+def _take_lock(place: str, what: str, until: int) -> int:
+    """A descriptor of the file that has this name when it is locked."""
+    while True:
+        with ExitStack() as undo:
+            fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            undo.callback(os.close, fd)
+            _check_lock(os.fstat(fd), place)
+            os.fchmod(fd, 0o600)  # whatever the umask; the next one must be able to open it
+            _lock(fd, what, until)
+            with suppress(FileNotFoundError):
+                if _birth(os.lstat(place)) == _birth(os.fstat(fd)):
+                    undo.pop_all()
+                    return fd
+
+
+def _check_lock(found: os.stat_result, place: str) -> None:
+    """Refuse what another user has put there, and a file that is somebody's for another purpose."""
+    if found.st_uid != os.geteuid():
+        check(-errno.EPERM, f"{place!r} belongs to user {found.st_uid}, not to {os.geteuid()}")
+    if not stat.S_ISREG(found.st_mode) or found.st_size or found.st_nlink > 1:
+        check(-errno.EEXIST, f"{place!r} is no lock of ours")
 
 
 def _lock(fd: int, what: str, until: int) -> None:

@@ -487,18 +487,18 @@ def test_close_leaves_what_took_the_place(path):
         theirs.close()
 
 
-def test_a_locked_folder_is_waited_for_5_s(path, tmp_path, monkeypatch):
+def test_a_lock_is_waited_for_5_s(path, tmp_path, monkeypatch):
     assert sockets.bind_unix.__kwdefaults__["timeout"] == 5
     monkeypatch.setitem(sockets.bind_unix.__kwdefaults__, "timeout", 0.1)
     with raw_socket() as stale:
         stale.bind(path)
-    folder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
+    lock = os.open(f"{os.path.dirname(path)}/.{os.path.basename(path)}.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(TimeoutError, match=str(tmp_path)) as caught:
         Listener(path)
     assert caught.value.errno == errno.ETIMEDOUT
     Listener(tmp_path / "free").close()  # nothing to be replaced, no lock
-    os.close(folder)
+    os.close(lock)
     Listener(path).close()
 
 

@@ -202,16 +202,16 @@ def test_the_longest_path(tmp_path, monkeypatch):
         assert endpoint(listener) == "unix:" + "x" * 107
 
 
-def test_a_locked_folder_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+def test_a_lock_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     assert sockets.bind_unix.__kwdefaults__["timeout"] == 5
     monkeypatch.setitem(sockets.bind_unix.__kwdefaults__, "timeout", 0.05)
     dead_socket(tmp_path / "sock")
-    folder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(TimeoutError, match=f"lock of '{tmp_path}'") as caught:
+    lock = os.open(tmp_path / ".sock.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(TimeoutError, match=f"lock of '{tmp_path}/.sock.lock'") as caught:
         listen_unix(tmp_path / "sock")
     assert caught.value.errno == errno.ETIMEDOUT
-    os.close(folder)
+    os.close(lock)
 
 
 # --- activation ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, eventually
 from procfs import asleep
-from serving import user_of_its_own
+from serving import A_MOMENT, user_of_its_own
 
 from ipckit import Closed, sockets
 
@@ -1436,23 +1436,103 @@ def test_a_file_that_can_not_get_its_mode_goes_again(tmp_path, forked):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_locked_folder_is_waited_for_but_not_for_ever(tmp_path, bound):
-    dead_socket(tmp_path / "sock")
+def locked(path):
+    """As another process of this user does it that replaces the socket at *path*."""
+    fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+def test_a_lock_is_waited_for_but_not_for_ever(tmp_path, bound):
+    path = tmp_path / "sock"
+    dead_socket(path)
+    lock = locked(path)
     before = contents(tmp_path)
-    folder = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
     for timeout in (0, 0.05):
-        with pytest.raises(TimeoutError, match=f"lock of '{tmp_path}'") as caught:
+        with pytest.raises(
+            TimeoutError, match=f"lock of '{tmp_path}/.sock.lock', to bind '{path}'"
+        ) as caught:
             bound(timeout=timeout)
         assert caught.value.errno == errno.ETIMEDOUT
     assert contents(tmp_path) == before
-    bound(tmp_path / "free", timeout=0)  # nothing to be replaced, no lock
-    os.close(folder)
+    bound(tmp_path / "free", timeout=0)[1].unlink()  # nothing to be replaced, no lock
+    os.close(lock)
+    assert bound(timeout=0)[1].unlink(), "what a killed process has locked is free again"
+    assert os.listdir(tmp_path) == [], "the lock goes too"
+
+
+def test_the_lock_of_a_name_that_went_meanwhile_is_none(tmp_path, forked):
+    """Who waits for it gets it when its holder has removed it; by then another one may have made it anew."""
+    path = tmp_path / "sock"
+    dead_socket(path)
+    first = locked(path)
+
+    def wait(ready):
+        os.close(first)
+        with socket.socket(socket.AF_UNIX) as sock, during("fcntl.flock", ready):
+            sockets.bind_unix(sock, path, timeout=PATIENCE).unlink()
+
+    waiting = forked(wait)
+    waiting.wait_ready()
+    os.unlink(tmp_path / ".sock.lock")
+    second = locked(path)
+    os.close(first)
+    select.select([], [], [], A_MOMENT)
+    assert not ended(waiting), "the second one is held"
+    os.unlink(tmp_path / ".sock.lock")
+    os.close(second)
+    assert waiting.wait() == 0
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_s_locks_hold_nobody_up(tmp_path, bound, forked):
+    path = tmp_path / "sock"
+    dead_socket(path)
+    os.chmod(tmp_path, 0o755)
+
+    def other(ready):
+        fd = os.open(tmp_path, os.O_RDONLY)
+        os.setuid(user_of_its_own())
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        ready()
+        signal.pause()
+
+    forked(other).wait_ready()
     assert bound(timeout=0)[1].unlink()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_lock_of_another_user_is_refused(tmp_path, bound):
+    dead_socket(tmp_path / "sock")
+    lock = tmp_path / ".sock.lock"
+    lock.touch()
+    os.chown(lock, 12345, -1)
+    with pytest.raises(PermissionError, match=f"'{lock}' belongs to user 12345, not to 0") as caught:
+        bound()
+    assert caught.value.errno == errno.EPERM
+    assert sorted(os.listdir(tmp_path)) == [".sock.lock", "sock"]
+
+
+@pytest.mark.parametrize("what", ["text", "folder", "link"])
+def test_what_is_no_lock_is_left_alone(tmp_path, bound, what):
+    dead_socket(tmp_path / "sock")
+    lock = tmp_path / ".sock.lock"
+    if what == "text":
+        lock.write_text("mine")
+    elif what == "folder":
+        lock.mkdir()
+    else:
+        lock.symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path)
+    with pytest.raises(OSError, match=str(lock)) as caught:
+        bound()
+    assert caught.value.errno == {"text": errno.EEXIST, "folder": errno.EISDIR, "link": errno.ELOOP}[what]
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("refused", [False, True])
-def test_the_lock_of_the_folder_is_given_back_whoever_has_a_copy(tmp_path, bound, forked, refused):
+def test_the_lock_is_given_back_whoever_has_a_copy(tmp_path, bound, forked, refused):
     """A child that another thread forks meanwhile, for one."""
     path = tmp_path / "sock"
     dead_socket(path)
