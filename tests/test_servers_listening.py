@@ -8,6 +8,7 @@ import socket
 import stat
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 from conftest import PATIENCE
@@ -15,7 +16,7 @@ from serving import connect
 
 from ipckit import sockets
 from ipckit.servers.fork import ForkServer
-from ipckit.servers.listening import activated, endpoint, listen, listen_unix, notify
+from ipckit.servers.listening import activated, endpoint, listen, listen_all, listen_unix, notify
 
 
 def talk(address, data=b"hello"):
@@ -45,6 +46,41 @@ def test_tcp_and_how_it_is_printed():
             assert caught.value.errno == errno.EADDRINUSE
     with pytest.raises(socket.gaierror):
         listen("no.such.host.invalid")
+
+
+def test_all_addresses_of_ipv4_and_of_ipv6():
+    """Whoever is first: neither takes those of the other."""
+    with listen("0.0.0.0") as four, listen("::", four.getsockname()[1]) as six:
+        assert six.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
+        for host, listener in (("127.0.0.1", four), ("::1", six)):
+            with connect((host, four.getsockname()[1])), listener.accept()[0]:
+                pass
+    with listen("::") as six, listen("0.0.0.0", six.getsockname()[1]):
+        pass
+
+
+def test_all_addresses_of_a_name():
+    expected = {found[4][0] for found in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
+    for port in (0, None):
+        if port is None:
+            with listen() as free:
+                port = free.getsockname()[1]  # noqa: PLW2901
+        with ExitStack() as opened:
+            listeners = [opened.enter_context(listener) for listener in listen_all("localhost", port)]
+            names = [listener.getsockname()[:2] for listener in listeners]
+            assert {host for host, _ in names} <= expected
+            assert "127.0.0.1" in {host for host, _ in names}
+            assert len({port for _, port in names}) == 1, "at one port"
+            for listener in listeners:
+                assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    with listen_all("127.0.0.1")[0] as listener:
+        assert endpoint(listener).startswith("127.0.0.1:")
+
+
+def test_an_address_of_a_name_that_is_in_use_leaves_nothing_open():
+    with listen("127.0.0.1") as taken, pytest.raises(OSError) as caught:
+        listen_all("localhost", taken.getsockname()[1])
+    assert caught.value.errno == errno.EADDRINUSE
 
 
 # --- a socket file: its life ---------------------------------------------------------------------

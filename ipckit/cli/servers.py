@@ -149,7 +149,7 @@ def _keyword(option: str) -> str:
     "hosts",
     multiple=True,
     metavar="HOST",
-    help="An address to listen on; also several times. "
+    help="An address to listen on, or a name: all addresses that it has; also several times. "
     "[default: 127.0.0.1, unless --unix or --activated is given]",
 )
 @click.option(
@@ -302,8 +302,8 @@ def _listeners(
         yield from given
     for host in hosts or ([] if unix or activated else ["127.0.0.1"]):
         with one_line(f"{host}:{port}"):
-            listener = listening.listen(host, port)
-        yield listener
+            at_host = listening.listen_all(host, port)
+        yield from at_host
     for path in unix:
         with one_line(path):
             listener = listening.listen_unix(path)

@@ -10,7 +10,7 @@ import math
 import socket
 import stat
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from ipckit import _procfs
 from ipckit._arguments import INT_MAX, integer, seconds
@@ -18,9 +18,10 @@ from ipckit._unpatched import os, time
 from ipckit.errors import check
 from ipckit.sockets import SocketFile, bind_unix
 
-__all__ = ["UnixListener", "activated", "endpoint", "listen", "listen_unix", "notify"]
+__all__ = ["UnixListener", "activated", "endpoint", "listen", "listen_all", "listen_unix", "notify"]
 
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
+_NOT_HERE = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 _ACTIVATION = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 
 _log = logging.getLogger(__name__)
@@ -30,23 +31,79 @@ _log = logging.getLogger(__name__)
 
 
 def listen(host: str = "127.0.0.1", port: int = 0, *, backlog: int = socket.SOMAXCONN) -> socket.socket:
-    """A listening TCP socket, IPv4 or IPv6 as *host* resolves; port 0 lets the kernel choose.
+    """A listening TCP socket at the first address of *host*, IPv4 or IPv6; port 0 lets the kernel choose.
 
+    ``::`` is all addresses of IPv6, and those of IPv4 are ``0.0.0.0``: to have both, listen at both.
     Raises: OSError EADDRINUSE, EACCES, ...; socket.gaierror for an unknown host. See listen(2).
     """
     port, backlog = integer(port, "port", 0, 65535), integer(backlog, "backlog", 0, INT_MAX)
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
+    return _listen(_addresses(host, port)[0], backlog)
+
+
+def listen_all(
+    host: str = "127.0.0.1", port: int = 0, *, backlog: int = socket.SOMAXCONN
+) -> "list[socket.socket]":
+    """Listening TCP sockets at all addresses of *host*, as ``localhost`` often has two; at one port.
+
+    An address that this machine does not have (127.0.0.1 and ::1 where IPv6 is off) is left out, unless
+    there is no other. Port 0 lets the kernel choose one for all. Raises: as listen(). See getaddrinfo(3).
+    """
+    port, backlog = integer(port, "port", 0, 65535), integer(backlog, "backlog", 0, INT_MAX)
+    addresses = _addresses(host, port)
+    while True:
+        with ExitStack() as undo, suppress(_PortTaken):
+            found = _listen_at(addresses, port, backlog, undo)
+            undo.pop_all()
+            return found
+
+
+class _PortTaken(Exception):
+    """What the kernel chose for one address somebody has at the next one."""
+
+
+def _listen_at(
+    addresses: "list[_Address]", port: int, backlog: int, undo: ExitStack
+) -> "list[socket.socket]":
+    found: list[socket.socket] = []
+    for address in addresses:
+        chosen = port or (found[0].getsockname()[1] if found else 0)
+        try:
+            found.append(undo.enter_context(_listen(address.at(chosen), backlog)))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and chosen != port:
+                raise _PortTaken from None
+            if error.errno not in _NOT_HERE or (address is addresses[-1] and not found):
+                raise
+    return found
+
+
+class _Address(NamedTuple):
+    """What a name stands for."""
+
+    family: int
+    protocol: int
+    name: Any
+
+    def at(self, port: int) -> "_Address":
+        return self._replace(name=(self.name[0], port, *self.name[2:]))
+
+
+def _addresses(host: str, port: int) -> "list[_Address]":
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys(_Address(family, protocol, name) for family, _, protocol, _, name in found))
+
+
+def _listen(address: _Address, backlog: int) -> socket.socket:
+    with ExitStack() as undo:
+        listener = undo.enter_context(socket.socket(address.family, socket.SOCK_STREAM, address.protocol))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.name[0] == "::":
+            # Else it takes IPv4 too, or not, as a sysctl says, and 0.0.0.0 is in use by it, or it by that.
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         _answer_at_once(listener)
-        listener.bind(address)
+        listener.bind(address.name)
         listener.listen(backlog)
-    except BaseException:
-        listener.close()
-        raise
+        undo.pop_all()
     return listener
 
 
