@@ -1,5 +1,6 @@
 """Services of a user's own, in Python, under every model."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -35,6 +36,18 @@ class Raises(Service):
         raise RuntimeError(f"no use for {piece!r}")
 
 
+class Leaves(Service):
+    """Ends as what the client says tells it to, and answers all else."""
+
+    def received(self, piece):
+        if piece == b"exit":
+            sys.exit(3)
+        for error in (KeyboardInterrupt, GeneratorExit):
+            if piece == error.__name__.encode():
+                raise error
+        return piece
+
+
 class CannotBegin(Service):
     def __init__(self):
         raise RuntimeError("nothing to begin with")
@@ -63,6 +76,7 @@ def serving(request, tmp_path, forked):
         address = listener.getsockname()
         listener.close()
         running.wait_ready()
+        running.model = request.param
         return address, running
 
     return start
@@ -96,6 +110,26 @@ def test_a_service_that_raises_costs_only_its_own_connection(serving, capfd):
             assert exchange(client, b"x", 1) == b""
     stop(running)
     assert "RuntimeError: no use for b'x'" in capfd.readouterr().err
+
+
+def test_a_service_that_wants_to_end_it_all_ends_only_its_own_connection(serving, capfd):
+    address, running = serving(Leaves, {"service failed": 3, "done": 1})
+    with contextlib.ExitStack() as stack:
+        if running.model != "iterative":
+            other = stack.enter_context(connect(address))
+            assert exchange(other, b"before") == b"before"
+        for how in (b"exit", b"KeyboardInterrupt", b"GeneratorExit"):
+            with connect(address) as client:
+                assert exchange(client, how, 1) == b""
+        if running.model == "iterative":
+            other = stack.enter_context(connect(address))
+        assert exchange(other, b"after") == b"after"
+        assert half_close_and_drain(other) == b""
+    stop(running)
+    printed = capfd.readouterr().err
+    for error in ("SystemExit: 3", "KeyboardInterrupt", "GeneratorExit"):
+        assert error in printed
+    assert printed.count("the service failed") == 3
 
 
 def test_a_service_that_cannot_be_made(serving, capfd):

@@ -157,7 +157,7 @@ class Connection:
             rc = self._send(answer, self.service.closing)
             if self.native.end == lib.IK_END_TOO_MUCH:
                 self._tell_limit(len(answer))
-        except Exception:
+        except BaseException:  # SystemExit and KeyboardInterrupt too: they would end all clients of a loop
             _log.exception("connection %d from %s: the service failed", self.number, self.peer)
             rc = lib.ik_connection_abort(self.native, lib.IK_END_SERVICE_FAILED)
         return rc
