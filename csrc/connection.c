@@ -3,6 +3,7 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/sockios.h>
 #include <netinet/in.h>
@@ -14,6 +15,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <unistd.h>
 
@@ -22,7 +24,11 @@
 
 /* A record of so many bytes is, as base64 with its head, no longer than PIPE_BUF. */
 enum { RAW_PIECE = PIPE_BUF, RECORD_PIECE = 2880 };
-enum { LINGER_NS = 500000000, LOG_SLICE_NS = 500000000, MOMENT_NS = 1000000 };
+enum { LINGER_NS = 500000000, LOG_SLICE_NS = 500000000 };
+enum { MOMENT_NS = 1000000, LONGEST_MOMENT_NS = 64000000, DROPS = 64 };
+/* A client that is not given up reads 8 KiB/s, and its system takes so much ahead of it: 16 s. */
+enum { AHEAD = 128 << 10 };
+static const int64_t NS_OF_A_BYTE = 1000000000 / (8 << 10);
 enum {
     THREAD_STACK = 256 << 10
 }; /* a step needs two pages, the C library keeps small ones for reuse */
@@ -41,6 +47,15 @@ static int get(const int *word) {
 }
 
 static void set(int *word, int value) {
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
+
+/* A word that the ticks read. */
+static int64_t get64(const int64_t *word) {
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
+static void set64(int64_t *word, int64_t value) {
     __atomic_store_n(word, value, __ATOMIC_RELAXED);
 }
 
@@ -88,16 +103,8 @@ int ik_connection_abort(ik_connection *c, int end) {
     return IK_STEP_ENDED;
 }
 
-/* recv or send failed, or there was end of file: why that is. */
-static int broken(ik_connection *c, int when_idle, int otherwise) {
-    int expired = get(&c->expired);
-    return ik_connection_abort(c, expired == IK_END_IDLE ? when_idle
-                                  : expired              ? expired
-                                                         : otherwise);
-}
-
-int ik_connection_lost(ik_connection *c, int sending) {
-    return broken(c, sending ? IK_END_NOT_READ : IK_END_IDLE, IK_END_RESET);
+int ik_connection_lost(ik_connection *c) {
+    return ik_connection_abort(c, get(&c->expired) ? get(&c->expired) : IK_END_RESET);
 }
 
 int ik_connection_finish(ik_connection *c) {
@@ -106,7 +113,6 @@ int ik_connection_finish(ik_connection *c) {
     if (c->end != IK_END_DONE || !(get(&c->stopping) || c->closing))
         return IK_STEP_ENDED;
     set(&c->state, LINGERING);
-    c->linger_until_ns = ik_wait_now() + LINGER_NS;
     return IK_STEP_LINGER;
 }
 
@@ -123,16 +129,47 @@ static void begin_piece(ik_connection *c, const char *piece, size_t len) {
     set(&c->state, len > 0 && c->log ? LOGGING : ANSWERING);
 }
 
+/* One that never pauses would be answered without end, and then cut with answers on the way. */
+static int has_had_its_time(ik_connection *c) {
+    int64_t now = ik_wait_now();
+    if (c->answer_until_ns == 0)
+        c->answer_until_ns = now + LINGER_NS;
+    return now >= c->answer_until_ns;
+}
+
+/* Bytes that have come; 0 at the end of the stream or, told to stop, when no more is here; -errno:
+ * -EAGAIN if it does not block. Whether it was told is looked at first: what was here by then is
+ * received. If it is told meanwhile, the socket does not block any more, and recv (restarted
+ * after the handler, or not begun yet) comes back for another look. */
+static ssize_t receive_some(ik_connection *c, char *block, size_t most) {
+    for (;;) {
+        int stopping = get(&c->stopping);
+        if (stopping && has_had_its_time(c))
+            return 0;
+        int flags = c->blocking && !stopping ? 0 : MSG_DONTWAIT;
+        ssize_t n = recv(c->socket, block, most, flags);
+        if (n >= 0)
+            return n;
+        if (errno == EAGAIN && stopping)
+            return 0;
+        if (errno != EINTR && (errno != EAGAIN || !c->blocking))
+            return -errno;
+    }
+}
+
+int ik_connection_is_drained(ik_connection *c) {
+    char first;
+    return get(&c->stopping) &&
+           (has_had_its_time(c) ||
+            (recv(c->socket, &first, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN));
+}
+
 static int receive(ik_connection *c, char *block) {
-    size_t most = ik_connection_most(c);
-    ssize_t n;
-    do
-        n = recv(c->socket, block, most, c->blocking ? 0 : MSG_DONTWAIT);
-    while (n < 0 && errno == EINTR);
-    if (n < 0 && errno == EAGAIN)
+    ssize_t n = receive_some(c, block, ik_connection_most(c));
+    if (n == -EAGAIN)
         return IK_STEP_READ;
     if (n < 0)
-        return broken(c, IK_END_IDLE, IK_END_RESET);
+        return ik_connection_lost(c);
     if (n == 0 && (c->echoes || get(&c->expired)))
         return ik_connection_finish(c);
     begin_piece(c, block, (size_t)n);
@@ -153,9 +190,9 @@ static int keep(ik_connection *c, int wanted) {
     return wanted;
 }
 
-/* In slices, because nothing interrupts a thread that is to be cut while the log is full. */
+/* In slices, because nothing interrupts a thread that is to end while the log is full. */
 static int waits_on(const ik_connection *c, int rc) {
-    return (rc == -EINTR || (rc == -ETIMEDOUT && c->blocking)) && get(&c->expired) != IK_END_CUT;
+    return (rc == -EINTR || (rc == -ETIMEDOUT && c->blocking)) && !get(&c->expired);
 }
 
 static int append(ik_connection *c) {
@@ -175,13 +212,12 @@ static int append(ik_connection *c) {
 }
 
 static int log_piece(ik_connection *c) {
-    int rc = append(c);
-    if (rc == -ETIMEDOUT && !c->blocking)
+    int rc = append(c), expired = get(&c->expired);
+    if (rc == -ETIMEDOUT && !c->blocking && !expired)
         return c->append.full ? IK_STEP_LOG : IK_STEP_ACK;
     if (rc < 0) {
         ik_log_abandon(c->log, &c->append);
-        return ik_connection_abort(c,
-                                   get(&c->expired) == IK_END_CUT ? IK_END_CUT : IK_END_LOG_FAILED);
+        return ik_connection_abort(c, expired ? expired : IK_END_LOG_FAILED);
     }
     set(&c->state, ANSWERING);
     return -EAGAIN;
@@ -196,13 +232,16 @@ static int send_some(ik_connection *c) {
     while (c->sent < c->len) {
         ssize_t n = send(c->socket, c->data + c->sent, c->len - c->sent,
                          MSG_NOSIGNAL | (c->blocking ? 0 : MSG_DONTWAIT));
-        if (n < 0 && errno == EAGAIN)
+        if (n < 0 && errno == EAGAIN && !c->blocking)
             return keep(c, IK_STEP_WRITE);
-        if (n < 0 && errno != EINTR)
-            return broken(c, IK_END_NOT_READ, IK_END_RESET);
+        if (n < 0 && errno == EAGAIN) /* told to stop, it does not block any more */
+            ik_wait_fd(c->socket, POLLOUT, IK_FOREVER);
+        else if (n < 0 && errno != EINTR)
+            return ik_connection_lost(c);
         if (n > 0) {
             set(&c->moved, 1);
             c->sent += (size_t)n;
+            set64(&c->given, c->given + n);
             count(&c->counters->bytes, (uint64_t)n);
         }
     }
@@ -279,6 +318,7 @@ int ik_connection_answered(ik_connection *c, size_t len, int closing) {
     if (len > c->max_output)
         return ik_connection_abort(c, IK_END_TOO_MUCH);
     if (len > 0) {
+        set64(&c->given, c->given + (int64_t)len);
         count(&c->counters->bytes, len);
         count(&c->counters->echoes, 1);
     }
@@ -298,12 +338,43 @@ int64_t ik_connection_tick_ns(int64_t idle_ns, int64_t total_ns) {
     return (shorter + IK_TICKS - 1) / IK_TICKS;
 }
 
+/* Bytes of the answers that the client's system has not taken (TCP: not acknowledged), or the
+ * client itself (a Unix socket: the memory that they occupy). See SIOCOUTQ in tcp(7). */
+static int64_t untaken(const ik_connection *c) {
+    int unsent;
+    return c->held + (ioctl(c->socket, SIOCOUTQ, &unsent) < 0 ? 0 : unsent);
+}
+
+/* Whether the client has taken more than at the last tick. What it was given is no measure: a send
+ * succeeds when a third of some megabytes of buffer is free. What its system took is one, but with
+ * gaps: a buffer that was full takes nothing until most of it has been read. Hence a slow client
+ * gets the time to read what its system took last. */
+static int has_taken(ik_connection *c, int64_t left, int64_t now_ns) {
+    int64_t before = c->taken, more;
+    c->taken = get64(&c->given) - left;
+    more = c->taken - before;
+    if (more <= 0)
+        return 0;
+    int64_t from = c->reads_until_ns > now_ns ? c->reads_until_ns : now_ns;
+    int64_t until = from + (more < AHEAD ? more : AHEAD) * NS_OF_A_BYTE;
+    int64_t latest = now_ns + AHEAD * NS_OF_A_BYTE;
+    c->reads_until_ns = until < latest ? until : latest;
+    return 1;
+}
+
+static int has_moved(ik_connection *c, int64_t left, int64_t now_ns) {
+    int moved = get(&c->moved);
+    set(&c->moved, 0);
+    return has_taken(c, left, now_ns) || moved || get(&c->state) == LOGGING;
+}
+
 void ik_connection_tick(ik_connection *c, int64_t now_ns) {
-    if (get(&c->moved) || get(&c->state) == LOGGING) {
-        set(&c->moved, 0);
+    int64_t left = untaken(c);
+    if (has_moved(c, left, now_ns))
         c->quiet_since_ns = now_ns;
-    } else if (c->idle_ns && now_ns - c->quiet_since_ns >= c->idle_ns)
-        expire(c, IK_END_IDLE);
+    int is_reading = left > 0 && now_ns < c->reads_until_ns;
+    if (c->idle_ns && now_ns - c->quiet_since_ns >= c->idle_ns && !is_reading)
+        expire(c, left > 0 ? IK_END_NOT_READ : IK_END_IDLE);
     if (c->total_ns && now_ns - c->began_ns >= c->total_ns)
         expire(c, IK_END_EXPIRED);
 }
@@ -312,19 +383,48 @@ void ik_connection_cut(ik_connection *c) {
     expire(c, IK_END_CUT);
 }
 
+/* Not by shutdown(SHUT_RD), which ends a recv too: after our end of file the kernel would then
+ * answer whatever the client still sends by a reset, and drop the answers on their way. In place of
+ * it: a recv that has not begun finds the flag of the socket; one that has is interrupted, and
+ * finds it when it is restarted. These calls are async-signal-safe, and no echo pays for them, as
+ * it would for a poll of the socket and something else before each recv (a fifth more processor
+ * time). */
 void ik_connection_stop(ik_connection *c) {
     set(&c->stopping, 1);
-    shutdown(c->socket, SHUT_RD);
+    fcntl(c->socket, F_SETFL, fcntl(c->socket, F_GETFL) | O_NONBLOCK);
+    int thread = get(&c->thread);
+    if (thread)
+        syscall(SYS_tgkill, getpid(), thread, SIGURG);
+}
+
+/* 1: the client has ended its side too, or the connection has broken. */
+static int drop_input(ik_connection *c) {
+    char dropped[4096];
+    ssize_t n = -1;
+    errno = EAGAIN;
+    for (int i = 0; i < DROPS && (n = recv(c->socket, dropped, sizeof dropped, MSG_DONTWAIT)) > 0;
+         i++)
+        c->sends_on = 1;
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
+        c->end = IK_END_RESET;
+    return n == 0 || c->end == IK_END_RESET;
+}
+
+/* It has all of its answer. What it sends after we have closed is answered by a reset, so one that
+ * is at it gets the time to see that this is the end. */
+static int sees_the_end(ik_connection *c) {
+    int64_t now = ik_wait_now();
+    if (c->linger_until_ns == 0)
+        c->linger_until_ns = now + LINGER_NS;
+    return !c->sends_on || now >= c->linger_until_ns;
 }
 
 int ik_connection_flushed(ik_connection *c) {
-    char dropped[4096];
-    int unsent;
+    int expired = get(&c->expired);
     shutdown(c->socket, SHUT_WR);
-    while (recv(c->socket, dropped, sizeof dropped, MSG_DONTWAIT) > 0)
-        ;
-    return ioctl(c->socket, SIOCOUTQ, &unsent) < 0 || unsent == 0 ||
-           get(&c->expired) == IK_END_CUT || ik_wait_now() >= c->linger_until_ns;
+    if (expired && untaken(c) > 0)
+        c->end = expired;
+    return expired || drop_input(c) || (untaken(c) == 0 && sees_the_end(c));
 }
 
 void ik_connection_close(ik_connection *c) {
@@ -337,9 +437,12 @@ void ik_connection_close(ik_connection *c) {
 }
 
 static void linger(ik_connection *c) {
-    if (c->state == LINGERING)
-        while (!ik_connection_flushed(c))
-            ik_wait_fd(-1, 0, ik_wait_now() + MOMENT_NS);
+    int64_t moment = MOMENT_NS;
+    while (c->state == LINGERING && !ik_connection_flushed(c)) {
+        ik_wait_fd(c->socket, POLLIN, ik_wait_now() + moment);
+        if (moment < LONGEST_MOMENT_NS) /* nothing tells when the answer is taken */
+            moment *= 2;
+    }
 }
 
 static void step_until_end(ik_connection *c) {
@@ -360,6 +463,35 @@ int ik_connection_run(ik_connection *c) {
 
 /* --- a thread of its own -----------------------------------------------------------------------*/
 
+static void do_nothing(int signum) {
+    (void)signum;
+}
+
+static struct sigaction former;
+static int claimed;
+
+void ik_connection_claim_signal(void) {
+    const struct sigaction ours = {.sa_handler = do_nothing, .sa_flags = SA_RESTART};
+    if (sigaction(SIGURG, NULL, &former) == 0 && !(former.sa_flags & SA_SIGINFO) &&
+        (former.sa_handler == SIG_DFL || former.sa_handler == SIG_IGN))
+        claimed = sigaction(SIGURG, &ours, NULL) == 0;
+}
+
+void ik_connection_release_signal(void) {
+    if (claimed)
+        sigaction(SIGURG, &former, NULL);
+    claimed = 0;
+}
+
+void ik_connection_enter(ik_connection *c) {
+    sigset_t wake;
+    sigemptyset(&wake);
+    sigaddset(&wake, SIGURG);
+    pthread_sigmask(SIG_UNBLOCK, &wake, NULL);
+    /* Who stops it and does not see this yet has made the socket non-blocking before. */
+    set(&c->thread, (int)syscall(SYS_gettid));
+}
+
 void ik_connection_hang_up(ik_connection *c) {
     linger(c);
     shutdown(c->socket, SHUT_RDWR);
@@ -367,6 +499,7 @@ void ik_connection_hang_up(ik_connection *c) {
 
 static void *serve(void *argument) {
     ik_connection_thread *thread = argument;
+    ik_connection_enter(thread->connection);
     step_until_end(thread->connection);
     ik_connection_hang_up(thread->connection);
     uint64_t number = thread->connection->number;
@@ -417,8 +550,6 @@ static int is_for_us(int signum) {
     return 0;
 }
 
-/* shutdown(2) is async-signal-safe, and ends a read that has begun as well as the next one: there
- * is no moment at which SIGTERM could be missed. What has come already is still read. */
 static void on_stop(int signum) {
     int saved = errno;
     if (is_for_us(signum))

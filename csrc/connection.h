@@ -15,7 +15,7 @@
 enum ik_connection_end {
     IK_END_OPEN = -1,
     IK_END_DONE = 0,           /* the client closed its side, or we were told to stop */
-    IK_END_IDLE = 3,           /* nothing came for idle_ns, or up to a tick longer */
+    IK_END_IDLE = 3,           /* nothing came for idle_ns, or up to two ticks longer */
     IK_END_NOT_READ = 4,       /* the client took none of the answer for idle_ns */
     IK_END_RESET = 5,          /* the connection broke */
     IK_END_LOG_FAILED = 6,     /* the log did not take the piece, so it was not answered either */
@@ -41,7 +41,7 @@ enum ik_connection_step {
 };
 
 /* The longest piece, and the longest line that one becomes in the log. */
-enum ik_connection_limits { IK_PIECE = 4096, IK_PEER = 80, IK_TICKS = 4 };
+enum ik_connection_limits { IK_PIECE = 4096, IK_PEER = 80, IK_TICKS = 10 };
 
 /* Counted by all processes and threads of a server, in memory that they share. */
 typedef struct ik_server_counters {
@@ -63,11 +63,18 @@ typedef struct ik_connection {
     int64_t idle_ns;  /* 0: none */
     int64_t total_ns; /* 0: none */
     int64_t began_ns;
+    /* What the ticks know. */
     int64_t quiet_since_ns;
+    int64_t reads_until_ns; /* what its system has taken already, if it is slow */
+    int64_t taken;
+    int64_t given; /* bytes of answers, so far */
+    int64_t held;  /* of them, those that the caller has not handed to the kernel yet */
+    int thread;    /* that has entered, or 0 */
     /* Set by a signal handler or another thread. */
     int moved; /* since the last tick; or it is the log, not the client, that is waited for */
     int expired;
     int stopping;
+    int64_t answer_until_ns; /* once it stops */
     /* What is under way. */
     int state;
     int closing; /* after this answer */
@@ -77,6 +84,7 @@ typedef struct ik_connection {
     size_t sent;
     char *kept;
     ik_append append;
+    int sends_on; /* though we have said that this is the end */
     int64_t linger_until_ns;
     char peer[80];
 } ik_connection;
@@ -121,8 +129,12 @@ int ik_connection_answered(ik_connection *c, size_t len, int closing);
 /* All is answered and it was the last: IK_STEP_ENDED or IK_STEP_LINGER. */
 int ik_connection_finish(ik_connection *c);
 
-/* It broke. sending: with a part of the answer unsent. IK_STEP_ENDED. */
-int ik_connection_lost(ik_connection *c, int sending);
+/* It broke. IK_STEP_ENDED. */
+int ik_connection_lost(ik_connection *c);
+
+/* 1: it was told to stop, and all that has come is taken. Then comes the end, as at the client's.
+ */
+int ik_connection_is_drained(ik_connection *c);
 
 /* All steps of a blocking echo connection until its end, lingering too, and close. Its end. */
 int ik_connection_run(ik_connection *c);
@@ -134,21 +146,35 @@ int ik_connection_run(ik_connection *c);
 int ik_connection_start_thread(ik_connection_thread *thread);
 void ik_connection_join(ik_connection_thread *thread);
 
+/* A thread that waits for its client is told of the stop by SIGURG, which interrupts it. Unless
+ * that has a handler already have one called that does nothing, around ik_connection_stop(). By its
+ * default action SIGURG is ignored, so one that comes late harms nobody. */
+void ik_connection_claim_signal(void);
+void ik_connection_release_signal(void);
+
+/* This thread is the one that serves the connection. ik_connection_start_thread() does it itself.
+ */
+void ik_connection_enter(ik_connection *c);
+
 /* For a blocking connection that is not an echo, after its last step: wait, where it must, until
  * the client has all of the answer, or has had its time; then hang up, without closing it. */
 void ik_connection_hang_up(ik_connection *c);
 
-/* One look at what lingers: 1 when the client has all of the answer, or has had its time. */
+/* One look at what lingers: says that this was the end, and drops what the client still sends, or
+ * the kernel would answer it by a reset, which overtakes the answer. 1 when the client has ended
+ * too, has all of the answer (and half a second more, if it sends on), or has had its time. */
 int ik_connection_flushed(ik_connection *c);
 
 /* Close the socket, free what is kept, count the end. For connections that don't block. */
 void ik_connection_close(ik_connection *c);
 
-/* Answer what has come already, then end. From a signal handler or another thread too. */
+/* Answer what has come already, then end: until a receive finds nothing, or half a second. From a
+ * signal handler of the thread that serves it, or from another thread if that has entered. One that
+ * does not block is to be stepped, for as long as IK_STEP_READ comes. */
 void ik_connection_stop(ik_connection *c);
 
-/* End it at once, whatever it waits for (the log within half a second); it counts as cut. From
- * another thread too. */
+/* End it at once, whatever it waits for (the log within half a second); it counts as cut, unless
+ * the client has all of its answer. From another thread too. */
 void ik_connection_cut(ik_connection *c);
 
 /* See to the deadlines, IK_TICKS times in the shorter of them. From a signal handler or another

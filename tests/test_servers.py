@@ -5,9 +5,11 @@ clients and what else takes long is in tests/proof/test_servers_load.py. `make t
 a model of each kind, and for the others that they echo and log; `make check` runs it for all.
 """
 
+import contextlib
 import itertools
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -33,8 +35,10 @@ from serving import (
     wait_asleep,
     wait_cut,
     wait_gone,
+    wait_stopped,
 )  # fmt: skip
 
+from ipckit.messagelog import records
 from ipckit.servers import MODELS
 
 # One at a time: a client that keeps it busy keeps all others waiting. That is what this model is there
@@ -185,6 +189,40 @@ def test_who_is_silent_and_who_does_not_read_is_cut(started):
         assert how in printed, printed
 
 
+def test_a_slow_but_steady_reader_is_not_cut(started):
+    """What has been sent to it is more than it reads in many times the limit, and fills what there is to hold it."""
+    server = started("--idle-timeout", "1")
+    with server.connect() as client:
+        client.setblocking(False)
+        got = 0
+        while got < 400_000:
+            with contextlib.suppress(BlockingIOError):
+                client.send(bytes(1 << 16))
+            time.sleep(0.05)  # its pace
+            with contextlib.suppress(BlockingIOError):
+                piece = client.recv(4000)
+                assert piece, f"cut after {got} bytes"
+                got += len(piece)
+        client.setblocking(True)
+        half_close_and_drain(client)
+    assert "1 (1 done)" in stopped(server)
+
+
+@pytest.mark.parametrize("durability", ["none", "written"])
+def test_who_waits_for_the_log_is_cut_in_time_too(started, tmp_path, durability):
+    """The log holds its answer back; its piece is in the log once, or not at all."""
+    server = started("--total-timeout", "0.5", "--durability", durability)
+    logger = server.wait_logger()
+    os.kill(logger, signal.SIGSTOP)
+    wait_stopped(logger)
+    with Crowd() as crowd:
+        crowd.add(server.connect(), chatter(1))
+        crowd.run()  # until it is cut
+        os.kill(logger, signal.SIGCONT)
+        assert "1 (1 expired)" in stopped(server)
+        assert_logged(crowd.clients, tmp_path / "log")
+
+
 def test_who_goes_on_for_ever_is_cut(started):
     server = started("--total-timeout", "0.3")
     with Crowd() as crowd:
@@ -209,6 +247,46 @@ def test_sigterm_under_load(started, tmp_path):
         stopped(server)  # long before its deadline
         wait_gone(processes)
         assert_logged(crowd.clients, tmp_path / "log")
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_who_sends_on_at_the_stop_gets_all_that_was_answered(started, tmp_path, kind):
+    """It has taken little of its answers by then, and takes the rest slowly, sending all the time."""
+    server = started(*(["--unix", tmp_path / "socket"] if kind == "unix" else []))
+    sent = got = 0
+    with connect(server.address, receive_buffer=4096) as client:
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sent += client.send(bytes(1 << 16))
+        while got < 1000:
+            got += len(client.recv(1000)) if select.select([client], [], [], PATIENCE)[0] else 0
+        server.process.send_signal(signal.SIGTERM)
+        while piece := receive_ready(client):
+            got += len(piece)
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                sent += client.send(b"more")
+    assert "1 (1 done)" in stopped(server)
+    logged = sum(len(record.data) for record in records(tmp_path / "log"))
+    assert got == logged > 1000
+
+
+def receive_ready(client):
+    """Some of what comes, or nothing at the end of file; a reset is an error."""
+    assert select.select([client], [], [], PATIENCE)[0], "it is still open"
+    return client.recv(1000)
+
+
+def test_who_never_pauses_is_answered_no_more_after_the_stop(started, tmp_path):
+    server = started()
+    with Crowd() as crowd:
+        client = crowd.add(server.connect(), itertools.repeat(bytes(4096)))
+        crowd.run_for_more(1_000_000)
+        server.process.send_signal(signal.SIGTERM)
+        crowd.run()  # until its connection ends
+        assert "1 (1 done)" in stopped(server)
+        logged = sum(len(record.data) for record in records(tmp_path / "log"))
+        assert len(client.got) == logged
 
 
 def test_rotation_under_load(started, tmp_path):

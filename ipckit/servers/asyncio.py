@@ -149,8 +149,9 @@ class AsyncioServer(Server):
             client.tick(now)
 
     def _end(self, deadline: float) -> None:
-        for client in self._clients:
-            lib.ik_connection_stop(client.native)  # what has come is read yet, then the end of file
+        for client in list(self._clients):
+            lib.ik_connection_stop(client.native)
+            client.stop()
         while self._clients and time.monotonic() < deadline:
             self.loop.turn(deadline)
         for client in self._clients:

@@ -149,13 +149,24 @@ class MultiplexServer(Server):
         now = time.monotonic_ns()
         for client in self._clients:
             lib.ik_connection_tick(client.native, now)
+        self._waiting.end_expired()
 
     # --- the end
 
     def _end(self, deadline: float) -> None:
         for client in self._clients:
-            lib.ik_connection_stop(client.native)  # it is readable now, if only for its end of file
+            lib.ik_connection_stop(client.native)
         while self._clients and time.monotonic() < deadline:
-            self.loop.turn(deadline)
+            # What has come is here: one that would be waited for to send has its last turn at once.
+            readers = [client for client in self._clients if client.waits_for == READ]
+            for client in readers:
+                client.ready(READ)
+            self.loop.turn(time.monotonic() if readers else deadline)
         for client in list(self._clients):
-            self._wait_for(client, lib.IK_STEP_ENDED)
+            self._cut(client)
+
+    def _cut(self, client: _Client) -> None:
+        lib.ik_connection_cut(client.native)
+        if client.waits_for == lib.IK_STEP_LINGER:
+            lib.ik_connection_flushed(client.native)  # cut, unless it has all of its answer
+        self._wait_for(client, lib.IK_STEP_ENDED)

@@ -2,6 +2,8 @@
 """A client of the asyncio server: its connection as a protocol of asyncio's."""
 
 import asyncio
+import errno
+import functools
 from typing import Any, Protocol
 
 from ipckit._native import lib
@@ -10,7 +12,8 @@ from ipckit.servers.loop import Loop
 
 __all__ = ["Client", "ServesClients"]
 
-_MOMENT = 0.001
+# Between two looks at who lingers; the second one once nothing has come of some looks.
+_MOMENT, _LONGEST_MOMENT = 0.001, 0.064
 
 
 class ServesClients(Protocol):
@@ -31,24 +34,25 @@ class Client(Connection, asyncio.BufferedProtocol):
     All transports receive into one block, so what they hand over is never longer than a piece.
     """
 
-    __slots__ = ("_full", "_piece", "_server", "_transport", "_unsent", "_view")
+    __slots__ = ("_full", "_piece", "_server", "_transport", "_view")
 
     _server: "ServesClients"
     _view: memoryview  # the block
     _transport: Any
     _piece: bytes  # that the log has not taken yet
     _full: bool  # the client has not taken all of its answer; nothing is read until then
-    _unsent: int  # of it, at the last tick
 
     def join(self, server: "ServesClients", view: memoryview) -> None:
         self._server, self._view = server, view
-        self._transport, self._piece, self._full, self._unsent = None, b"", False, 0
+        self._transport, self._piece, self._full = None, b"", False
 
     # --- what the transport calls
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
         transport.set_write_buffer_limits(0)  # pause_writing() as soon as anything is unsent
+        if self.native.stopping:  # before this; what has come is seen when the transport reads
+            self._server.loop.after(0, self.stop)
         if not self.native.echoes:
             self._go_on(self.start())
             if self._full:  # CPython 3.10 and uvloop begin to read after this all the same
@@ -63,6 +67,8 @@ class Client(Connection, asyncio.BufferedProtocol):
             self._piece = piece
             self._transport.pause_reading()
             self._server.wait_for_log(self)
+        elif self.native.stopping:
+            self.stop()
 
     def eof_received(self) -> bool:
         if self.service is None:
@@ -72,6 +78,12 @@ class Client(Connection, asyncio.BufferedProtocol):
             self._go_on(self._answer(self.service.finished))
         return True  # we close it
 
+    def stop(self) -> None:
+        """Told to: once all that has come is answered, this is the end, as if the client had ended."""
+        waits = self._transport is None or self._piece or self._full
+        if not waits and self.native.end == lib.IK_END_OPEN and lib.ik_connection_is_drained(self.native):
+            self.eof_received()
+
     def pause_writing(self) -> None:
         self._full = True
         self._transport.pause_reading()
@@ -80,13 +92,15 @@ class Client(Connection, asyncio.BufferedProtocol):
         self._full = False
         self.native.moved = True
         if self.native.end == lib.IK_END_OPEN:
-            self._transport.resume_reading()
+            self._read_on()
         elif not self._transport.is_closing():
             self._go_on(lib.ik_connection_finish(self.native))
 
     def connection_lost(self, exc: "Exception | None") -> None:
         if self.native.end == lib.IK_END_OPEN:
-            lib.ik_connection_lost(self.native, self._full)
+            lib.ik_connection_lost(self.native)
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOMEM, errno.ENOSPC):  # of epoll_ctl(2)
+            lib.ik_connection_abort(self.native, lib.IK_END_NO_MEMORY)
         self.native.socket = -1  # the transport closes it
         lib.ik_connection_close(self.native)
         self._server.lost(self)
@@ -97,6 +111,16 @@ class Client(Connection, asyncio.BufferedProtocol):
         if self._full and self.fileno() >= 0:
             self._transport.resume_reading()
             self._transport.pause_reading()
+
+    def _read_on(self) -> None:
+        """Read again; told to stop, only what has come already."""
+        try:
+            self._transport.resume_reading()
+        except OSError:  # of epoll_ctl(2)
+            lib.ik_connection_abort(self.native, lib.IK_END_NO_MEMORY)
+            self._transport.abort()
+        if self.native.stopping:
+            self.stop()
 
     def _take(self, piece: bytes) -> bool:
         """Log a piece and answer it; False if the log can't take it now."""
@@ -125,13 +149,14 @@ class Client(Connection, asyncio.BufferedProtocol):
         elif wanted == lib.IK_STEP_ENDED:
             self._transport.close()
 
-    def _linger(self) -> None:
+    def _linger(self, moment: float = _MOMENT) -> None:
         if self.fileno() < 0:
             return
         if lib.ik_connection_flushed(self.native):
             self._transport.close()
         else:
-            self._server.loop.after(_MOMENT, self._linger)
+            again = functools.partial(self._linger, min(2 * moment, _LONGEST_MOMENT))
+            self._server.loop.after(moment, again)
 
     def retry(self) -> bool:
         """Once more, with the piece that waits for the log; False if it still does."""
@@ -140,17 +165,19 @@ class Client(Connection, asyncio.BufferedProtocol):
                 return False
             self._piece = b""
             if not self._full and self.native.end == lib.IK_END_OPEN:
-                self._transport.resume_reading()
+                self._read_on()
         return True
 
     def tick(self, now: int) -> None:
-        if self._full:
-            unsent = self._transport.get_write_buffer_size()
-            self.native.moved |= unsent != self._unsent
-            self._unsent = unsent
+        if self._transport is not None:
+            self.native.held = self._transport.get_write_buffer_size()
         lib.ik_connection_tick(self.native, now)
+        if self._piece and self.native.expired:  # it waits for the log, so nothing else tells
+            self._transport.abort()
 
     def cut(self) -> None:
         lib.ik_connection_cut(self.native)
+        if self.native.end != lib.IK_END_OPEN:
+            lib.ik_connection_flushed(self.native)  # cut, unless it has all of its answer
         if self._transport is not None:
             self._transport.abort()

@@ -38,7 +38,8 @@ class ThreadServer(Server):
     """Serve each connection by a thread of its own.
 
     A service may block: that holds up its own client only. One that never returns can't be cut at the
-    stop; its thread is left until the process ends, with a warning.
+    stop; its thread is left until the process ends, with a warning. At the stop each thread is interrupted
+    by SIGURG, for which there is a handler meanwhile that does nothing, unless there is one already.
 
     Args: see Server. max_connections is 1,000 unless told otherwise.
     Raises: as Server; RuntimeError for a service in Python where ``threading.Thread`` makes greenlets.
@@ -109,6 +110,7 @@ class ThreadServer(Server):
 
     def _serve_in_thread(self, connection: Connection) -> None:
         try:
+            lib.ik_connection_enter(connection.native)
             connection.serve()
         finally:
             self._writer.write(connection.number.to_bytes(8, sys.byteorder))
@@ -138,11 +140,13 @@ class ThreadServer(Server):
         if self._held:
             self._held.close()
             self._held = None
+        lib.ik_connection_claim_signal()
         self._tell_all(lib.ik_connection_stop)
         self._await_threads(deadline)
         self._tell_all(lib.ik_connection_cut)
         # Nothing holds up a thread in C for long, and it must not outlive what it works with.
         self._await_threads(math.inf if self._terms.native_service else time.monotonic() + _GRACE)
+        lib.ik_connection_release_signal()
         if self._serving:
             event("stuck", "%d services have not returned", len(self._serving), level=logging.WARNING)
             return

@@ -6,7 +6,7 @@ they wait for   which the loop sees by              then
 ==============  ==================================  ===============================================
 room            POLLOUT on the log's pipe           who has waited longest goes first
 acknowledgement POLLIN on the log's ``acked``       all go on whose piece is in the file
-the client      a look each millisecond             it has the last answer: close without a reset
+the client      a look now and then                 it has the last answer: close without a reset
 ==============  ==================================  ===============================================
 """
 
@@ -23,7 +23,8 @@ from ipckit.servers.loop import READ, WRITE, Loop
 __all__ = ["Waiting"]
 
 _MOST = 64  # in a turn, so that the others have theirs
-_MOMENT = 0.001
+# Between two looks at who lingers; the second one once nothing has come of some looks.
+_MOMENT, _LONGEST_MOMENT = 0.001, 0.064
 _LOOK_AGAIN = 0.1
 
 GoOn = Callable[[Any, int], None]
@@ -43,6 +44,7 @@ class Waiting:
         self._for_room: deque[Connection] = deque()
         self._for_log: list[Connection] = []
         self._lingering: list[Connection] = []
+        self._moment = _MOMENT
         self._looks_again = False
 
     def watch(self) -> None:
@@ -51,7 +53,10 @@ class Waiting:
             self._loop.watch(self._native.acked, READ, self._acknowledged)
 
     def add(self, client: Connection, wanted: int) -> None:
-        """A client whose step said IK_STEP_LOG, IK_STEP_ACK or IK_STEP_LINGER."""
+        """A client whose step said IK_STEP_LOG, IK_STEP_ACK or IK_STEP_LINGER.
+
+        Raises: OSError ENOSPC, ENOMEM if the loop can't wait for the log; then the client isn't taken.
+        """
         if wanted == lib.IK_STEP_LOG:
             if not self._for_room:
                 self._loop.watch(self._native.writer, WRITE, self._room)
@@ -64,7 +69,17 @@ class Waiting:
         else:
             if not self._lingering:
                 self._loop.after(_MOMENT, self._flush)
+            self._moment = _MOMENT
             self._lingering.append(client)
+
+    def end_expired(self) -> None:
+        """Give back those that a tick has ended while they waited for the log."""
+        for waiting in (self._for_room, self._for_log):
+            for client in [client for client in waiting if client.native.expired]:
+                waiting.remove(client)
+                self._go_on(client, client.step())
+        if self._native is not None and not self._for_room:
+            self._loop.forget(self._native.writer)
 
     def _room(self, _: int) -> None:
         for _ in range(min(len(self._for_room), _MOST)):
@@ -95,5 +110,10 @@ class Waiting:
     def _flush(self) -> None:
         lingering, self._lingering = self._lingering, []
         for client in lingering:
-            flushed = lib.ik_connection_flushed(client.native)
-            self._go_on(client, lib.IK_STEP_ENDED if flushed else lib.IK_STEP_LINGER)
+            if lib.ik_connection_flushed(client.native):
+                self._go_on(client, lib.IK_STEP_ENDED)
+            else:
+                self._lingering.append(client)
+        if self._lingering:
+            self._moment = min(2 * self._moment, _LONGEST_MOMENT)
+            self._loop.after(self._moment, self._flush)

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,12 +15,14 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "wait.h"
 
 static ik_server_counters counters;
 static char block[IK_PIECE];
+static const int64_t PATIENCE_NS = 120000000000;
 
 static ik_log open_log(int format) {
     int fd[2], memory = memfd_create("test", MFD_CLOEXEC);
@@ -196,6 +199,7 @@ static void deadlines(void) {
     c.began_ns = c.quiet_since_ns = 1;
     assert(end_after_tick(&c, 100) == IK_END_OPEN);
     assert(send(client, "x", 1, 0) == 1 && ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(drain(client, block, 1) == 1);
     assert(end_after_tick(&c, 150) == IK_END_OPEN); /* it moved */
     assert(end_after_tick(&c, 249) == IK_END_OPEN);
     ik_connection other = c;
@@ -209,9 +213,105 @@ static void deadlines(void) {
     assert(end_after_tick(&c, 1001) == IK_END_EXPIRED);
     ik_connection_close(&c);
     close(client);
-    assert(ik_connection_tick_ns(0, 0) == 0 && ik_connection_tick_ns(100, 0) == 25);
-    assert(ik_connection_tick_ns(0, 100) == 25 && ik_connection_tick_ns(1000, 100) == 25);
-    assert(ik_connection_tick_ns(100, 1000) == 25 && ik_connection_tick_ns(1, 0) == 1);
+    assert(ik_connection_tick_ns(0, 0) == 0 && ik_connection_tick_ns(100, 0) == 10);
+    assert(ik_connection_tick_ns(0, 100) == 10 && ik_connection_tick_ns(1000, 100) == 10);
+    assert(ik_connection_tick_ns(100, 1000) == 10 && ik_connection_tick_ns(1, 0) == 1);
+}
+
+/* A message right after a tick is the worst case: a quarter more than idle_ns at the most. */
+static void a_quarter_later_at_the_most(void) {
+    int client;
+    const int64_t idle = 4000, tick = ik_connection_tick_ns(idle, 0);
+    ik_connection c = connect_to(&client, NULL);
+    c.idle_ns = idle;
+    int64_t now = 1;
+    ik_connection_tick(&c, now);
+    assert(send(client, "x", 1, 0) == 1 && ik_connection_step(&c, block) == IK_STEP_READ);
+    assert(drain(client, block, 1) == 1);
+    int64_t sent = now;
+    /* Each a hair early, then a hair late: a timer is never exact. */
+    for (int i = 1; c.expired == 0; i++)
+        ik_connection_tick(&c, now = 1 + i * tick - (i % 2));
+    assert(c.expired == IK_END_IDLE && now - sent >= idle && now - sent <= idle + idle / 4);
+    ik_connection_close(&c);
+    close(client);
+}
+
+/* Two ends of a TCP connection. */
+static ik_connection connect_tcp(int *ret_client) {
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t len = sizeof at;
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert(bind(listener, (struct sockaddr *)&at, len) == 0 && listen(listener, 1) == 0);
+    assert(getsockname(listener, (struct sockaddr *)&at, &len) == 0);
+    *ret_client = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert(connect(*ret_client, (struct sockaddr *)&at, len) == 0);
+    memset(&counters, 0, sizeof counters);
+    ik_connection c = {.echoes = 1, .counters = &counters, .max_output = 1 << 20};
+    assert(ik_connection_accept(&c, listener) == 0);
+    close(listener);
+    return c;
+}
+
+/* Send and echo until neither side has room any more; the bytes sent. */
+static size_t fill(ik_connection *c, int client) {
+    static char much[1 << 16];
+    size_t sent = 0;
+    int wanted = IK_STEP_READ;
+    for (int still = 0; still < 1000;) {
+        ssize_t n = send(client, much, sizeof much, MSG_DONTWAIT);
+        still = n > 0 ? 0 : still + 1;
+        sent += n > 0 ? (size_t)n : 0;
+        for (int i = 0; i < 20 && wanted == IK_STEP_READ; i++)
+            wanted = ik_connection_step(c, block);
+        if (wanted == IK_STEP_WRITE)
+            wanted = ik_connection_step(c, block);
+    }
+    assert(wanted == IK_STEP_WRITE && c->state > 0);
+    return sent;
+}
+
+/* By a clock of our own: 20 kB in each second, and later nothing. Nobody ever has room to send. */
+static void a_slow_reader_is_none_that_takes_nothing(void) {
+    int client;
+    char some[20000];
+    const int64_t second = 1000000000;
+    ik_connection c = connect_tcp(&client);
+    fill(&c, client);
+    c.idle_ns = 2 * second;
+    int64_t now = c.quiet_since_ns = ik_wait_now(), last;
+    ik_connection_tick(&c, now);
+    for (int i = 0; i < 60; i++) {
+        assert(recv(client, some, sizeof some, MSG_WAITALL) == sizeof some);
+        ik_connection_tick(&c, now += second);
+        assert(c.expired == 0);
+    }
+    last = now;
+    while (c.expired == 0)
+        ik_connection_tick(&c, now += second / 10);
+    assert(c.expired == IK_END_NOT_READ);
+    assert(now - last >= 2 * second && now - last <= 17 * second);
+    assert(ik_connection_step(&c, block) == IK_STEP_ENDED && c.end == IK_END_NOT_READ);
+    ik_connection_close(&c);
+    close(client);
+}
+
+static void a_total_deadline_holds_while_the_log_is_full(void) {
+    int client;
+    ik_log log = open_log(IK_LOG_RAW);
+    ik_connection c = connect_to(&client, &log);
+    assert(write(log.writer, block, 4096) == 4096 && send(client, "x", 1, 0) == 1);
+    assert(ik_connection_step(&c, block) == IK_STEP_LOG);
+    c.total_ns = 1000;
+    c.began_ns = 1;
+    ik_connection_tick(&c, 1000);
+    assert(ik_connection_step(&c, block) == IK_STEP_LOG);
+    ik_connection_tick(&c, 1001);
+    assert(ik_connection_step(&c, block) == IK_STEP_ENDED && c.end == IK_END_EXPIRED);
+    assert(ik_log_backlog(&log) == 4096);
+    ik_connection_close(&c);
+    close(client);
+    close_log(&log);
 }
 
 static void stopped_it_answers_what_has_come(void) {
@@ -226,6 +326,46 @@ static void stopped_it_answers_what_has_come(void) {
     ik_connection_hang_up(&c);
     assert(c.end == IK_END_DONE);
     assert(recv(client, back, 1, 0) == 0);
+    ik_connection_close(&c);
+    close(client);
+}
+
+/* The client has much to take when it is told, and sends on: it gets all that was answered. */
+static void one_that_sends_on_gets_all_of_its_answer(void) {
+    int client, wanted = IK_STEP_WRITE, flushed = 0;
+    char some[4096];
+    size_t got = 0;
+    ik_connection c = connect_tcp(&client);
+    fill(&c, client);
+    ik_connection_stop(&c);
+    for (ssize_t n = 1; n != 0;) {
+        (void)!send(client, "more", 4, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (wanted == IK_STEP_LINGER)
+            flushed |= ik_connection_flushed(&c);
+        else
+            wanted = ik_connection_step(&c, block);
+        n = recv(client, some, sizeof some, MSG_DONTWAIT);
+        assert(n >= 0 || errno == EAGAIN); /* no reset */
+        got += n > 0 ? (size_t)n : 0;
+    }
+    assert(wanted == IK_STEP_LINGER && c.end == IK_END_DONE);
+    close(client);
+    while (!flushed)
+        flushed = ik_connection_flushed(&c);
+    assert(got == counters.bytes && got > 0);
+    ik_connection_close(&c);
+}
+
+/* Cut with a part of its answer on the way, it has not had all. */
+static void cut_while_it_lingers(void) {
+    int client;
+    ik_connection c = connect_tcp(&client);
+    fill(&c, client);
+    c.state = 0; /* the rest of the answer left out */
+    assert(ik_connection_answer(&c, "", 0, 1) == IK_STEP_LINGER && !ik_connection_flushed(&c));
+    assert(c.end == IK_END_DONE);
+    ik_connection_cut(&c);
+    assert(ik_connection_flushed(&c) && c.end == IK_END_CUT);
     ik_connection_close(&c);
     close(client);
 }
@@ -333,6 +473,61 @@ static void a_thread_serves_and_tells(void) {
     close(told[1]);
 }
 
+/* Told to stop at any moment, it answers what had come, and ends: no wait begins after that. */
+static void a_thread_is_stopped_at_any_moment(void) {
+    int client, told[2];
+    assert(pipe2(told, O_CLOEXEC) == 0);
+    for (int i = 0; i < 2000; i++) {
+        ik_connection c = connect_to(&client, NULL);
+        ik_connection_thread thread = {.connection = &c, .told = told[1]};
+        char back[8];
+        assert(ik_connection_start_thread(&thread) == 0);
+        for (int turns = rand() % 200000; turns > 0; turns--)
+            __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        int sends = i % 3;
+        for (int k = 0; k < sends; k++)
+            assert(send(client, "x", 1, 0) == 1);
+        ik_connection_stop(&c);
+        assert(recv(client, back, sizeof back, MSG_WAITALL) == sends);
+        assert(read_number(told[0]) == 7);
+        ik_connection_join(&thread);
+        assert(c.end == IK_END_DONE);
+        ik_connection_close(&c);
+        close(client);
+    }
+    close(told[0]);
+    close(told[1]);
+}
+
+/* The same of a child, which a signal tells. */
+static void a_child_is_stopped_at_any_moment(void) {
+    for (int i = 0; i < 200; i++) {
+        int client, ready[2], status, sends = i % 3;
+        char back[8];
+        assert(pipe2(ready, O_CLOEXEC) == 0);
+        ik_connection c = connect_to(&client, NULL);
+        int pid = fork();
+        if (pid == 0) {
+            close(client);
+            ik_connection_guard(&c);
+            assert(write(ready[1], "r", 1) == 1);
+            _exit(ik_connection_run(&c));
+        }
+        close(c.socket);
+        assert(read(ready[0], back, 1) == 1);
+        for (int turns = rand() % 200000; turns > 0; turns--)
+            __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        for (int k = 0; k < sends; k++)
+            assert(send(client, "x", 1, 0) == 1);
+        assert(kill(pid, SIGTERM) == 0);
+        assert(recv(client, back, sizeof back, MSG_WAITALL) == sends);
+        assert(waitpid(pid, &status, 0) == pid && status == 0);
+        close(client);
+        close(ready[0]);
+        close(ready[1]);
+    }
+}
+
 /* It waits for the log, the client, or to send: it ends all the same. */
 static void a_thread_is_cut(int size, const char *first, size_t len) {
     int client, told[2];
@@ -349,7 +544,7 @@ static void a_thread_is_cut(int size, const char *first, size_t len) {
             break;
     assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + 50000000) == -ETIMEDOUT); /* not by itself */
     ik_connection_cut(&c);
-    assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + 120000000000) > 0);
+    assert(ik_wait_fd(told[0], POLLIN, ik_wait_now() + PATIENCE_NS) > 0);
     ik_connection_join(&thread);
     ik_connection_close(&c);
     assert(c.end == IK_END_CUT && counters.ends[IK_END_CUT] == 1);
@@ -380,16 +575,17 @@ static void the_caller_receives_and_sends(int format) {
     assert(ik_connection_answered(&c, 10, 0) == IK_STEP_READ && c.end == IK_END_OPEN);
     assert(ik_connection_answered(&c, 10, 1) == IK_STEP_LINGER && c.end == IK_END_DONE);
     assert(ik_connection_answered(&c, 11, 0) == IK_STEP_ENDED && c.end == IK_END_TOO_MUCH);
-    assert(ik_connection_lost(&c, 0) == IK_STEP_ENDED && c.end == IK_END_RESET);
-    c.expired = IK_END_IDLE;
-    assert(ik_connection_lost(&c, 1) == IK_STEP_ENDED && c.end == IK_END_NOT_READ);
-    assert(ik_connection_finish(&c) == IK_STEP_ENDED && c.end == IK_END_IDLE);
+    assert(ik_connection_lost(&c) == IK_STEP_ENDED && c.end == IK_END_RESET);
+    c.expired = IK_END_NOT_READ;
+    assert(ik_connection_lost(&c) == IK_STEP_ENDED && c.end == IK_END_NOT_READ);
+    assert(ik_connection_finish(&c) == IK_STEP_ENDED && c.end == IK_END_NOT_READ);
     ik_connection_close(&c);
     close_log(&log);
     close(client);
 }
 
 int main(void) {
+    ik_connection_claim_signal();
     one_piece_a_step();
     what_the_client_does_not_take_is_kept();
     a_full_log_holds_the_echo_back(IK_LOG_RAW);
@@ -397,13 +593,20 @@ int main(void) {
     the_caller_answers_for_a_service();
     a_service_s_piece_waits_for_the_log_too();
     deadlines();
+    a_quarter_later_at_the_most();
+    a_slow_reader_is_none_that_takes_nothing();
+    a_total_deadline_holds_while_the_log_is_full();
     stopped_it_answers_what_has_come();
+    one_that_sends_on_gets_all_of_its_answer();
+    cut_while_it_lingers();
     reset_and_abort();
     name_of(AF_INET, "127.0.0.1");
     name_of(AF_INET6, "::1");
     name_of(AF_INET6, "::ffff:127.0.0.1");
     a_unix_peer_is_its_process();
     a_thread_serves_and_tells();
+    a_thread_is_stopped_at_any_moment();
+    a_child_is_stopped_at_any_moment();
     a_thread_is_cut(0, "", 0);
     a_thread_is_cut(IK_PIECE, "log", 3);
     char much[IK_PIECE] = {0};
