@@ -7,9 +7,11 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 
@@ -17,6 +19,7 @@ import pytest
 from conftest import eventually
 from serving import (
     NEVER,
+    Served,
     connect,
     exchange,
     half_close_and_drain,
@@ -29,6 +32,7 @@ from serving import (
 from ipckit.messagelog import MessageLog
 from ipckit.process import fork
 from ipckit.servers import EchoService, listen, serve
+from ipckit.servers.select import SelectServer
 from ipckit.signals import blocked
 
 LOOPS = ["select", "poll", "epoll"]
@@ -359,6 +363,76 @@ def test_the_others_take_any_number(serving, model, many_descriptors):
     with running.connect() as client:
         assert exchange(client, b"high") == b"high"
     running.terminate()
+
+
+# --- no room for another watch
+
+FAILS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event) {
+    int (*real)(int, int, int, struct epoll_event *);
+    *(void **)&real = dlsym(RTLD_NEXT, "epoll_ctl");
+    if (operation == EPOLL_CTL_ADD && access(getenv("EPOLL_IS_FULL"), F_OK) == 0) {
+        errno = ENOSPC;
+        return -1;
+    }
+    return real(epoll, operation, fd, event);
+}
+"""
+
+
+@pytest.fixture
+def epoll_that_fails(tmp_path):
+    """An environment, and the file whose being there makes that no descriptor can be watched any more.
+
+    As at the limit of fs.epoll.max_user_watches, which is one for the whole machine."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    library, full = tmp_path / "fails.so", tmp_path / "full"
+    command = ["cc", "-shared", "-fPIC", "-o", library, "-x", "c", "-", "-ldl"]
+    subprocess.run(command, input=FAILS.encode(), check=True)
+    return os.environ | {"LD_PRELOAD": str(library), "EPOLL_IS_FULL": str(full)}, full
+
+
+@pytest.mark.parametrize("model", ["epoll", "asyncio"])
+def test_a_client_that_can_not_be_watched_ends_alone(tmp_path, epoll_that_fails, model):
+    environment, full = epoll_that_fails
+    options = ["--no-uvloop"] if model == "asyncio" else []  # libuv aborts its process
+    with Served(tmp_path / "log", "--json", *options, model=model, env=environment) as server:
+        with server.connect() as first:
+            for turn in (b"first", b"and watched"):  # by then
+                assert exchange(first, turn) == turn
+            full.touch()
+            with server.connect() as refused:
+                assert recv_exact(refused, 1) == b""
+            eventually(lambda: "shortage" in dict(server.events()))
+            assert "No space left on device" in dict(server.events())["shortage"]["error"]
+            assert exchange(first, b"goes on") == b"goes on"
+            full.unlink()
+            with server.connect() as second:
+                assert exchange(second, b"second") == b"second"
+                assert half_close_and_drain(second) == b""
+            assert half_close_and_drain(first) == b""
+        code, _ = server.stop()
+        ends = dict(server.events())["served"]["ends"]
+    assert (code, ends) == (0, {"done": 2, "no memory": 1})
+
+
+def test_a_warning_hides_no_other(caplog):
+    """Each is told once a second at the most, for itself."""
+    with listen() as listener:
+        server = SelectServer(listener)
+        for _ in range(2):
+            server._warn("refused", "no bit")
+            server._warn("shortage", "no memory")
+        server.loop.close()
+    assert caplog.messages == ["no bit", "no memory"]
 
 
 # --- turns

@@ -11,6 +11,7 @@ Sending and receiving are asyncio's, or uvloop's, which is asyncio's loop in C a
 where the service shares a process with other coroutines; the model epoll does the same with less.
 """
 
+import asyncio
 import contextlib
 import socket
 from collections import deque
@@ -95,11 +96,27 @@ class AsyncioServer(Server):
 
     async def _connect(self, client: Client, connection: socket.socket) -> None:
         try:
+            self._reserve(connection)
             await self._asyncio.connect_accepted_socket(lambda: client, connection)
-        except OSError:  # no memory for the loop to wait for it
+        except OSError as error:
+            self._pause("wait for a client", error)
             lib.ik_connection_abort(client.native, lib.IK_END_NO_MEMORY)
+            self._release(connection)
             connection.close()
             client.connection_lost(None)
+
+    def _reserve(self, connection: socket.socket) -> None:
+        """Have epoll_ctl(2) fail here, if it does, and not in a callback of the transport, which nobody sees.
+
+        The transport only changes what is called. uvloop's does it by itself (libuv aborts).
+        """
+        if isinstance(self._asyncio, asyncio.SelectorEventLoop):
+            self._asyncio.add_reader(connection, bool)
+
+    def _release(self, connection: socket.socket) -> None:
+        if isinstance(self._asyncio, asyncio.SelectorEventLoop):
+            with contextlib.suppress(RuntimeError):  # there is a transport, which does it
+                self._asyncio.remove_reader(connection)
 
     def lost(self, client: Client) -> None:
         was_full = self._open() == self._max_connections

@@ -47,6 +47,9 @@ class AsyncioLoop(Loop):
             self.asyncio.remove_reader(fd)
             self.asyncio.remove_writer(fd)
 
+    def rest(self, source: Descriptor) -> None:
+        self.forget(source)
+
     def after(self, seconds: float, handler: Callable[[], object]) -> None:
         self.asyncio.call_later(delay(seconds, "seconds"), self._call, handler)
 

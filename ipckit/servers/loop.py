@@ -43,13 +43,18 @@ class Loop:
         self._per_second = 1000 if poller is None else 1  # poll(2) is the one that counts in milliseconds
         self.handlers: dict[int, Handler] = {}
         """the function of each descriptor, called with its events"""
+        self._resting: set[int] = set()
         self._moments: list[tuple[float, int, float | None, Callable[[], object]]] = []
         self._order = itertools.count()
 
     def watch(self, source: Descriptor, events: int, handler: Handler) -> None:
         """Call ``handler(events)`` whenever *source* is ready for one of *events*, fails or hangs up."""
         fd = fileno_of(source, "source")
-        self.poller.register(fd, events)
+        if fd in self._resting:
+            self.poller.modify(fd, events)
+            self._resting.remove(fd)
+        else:
+            self.poller.register(fd, events)
         self.handlers[fd] = handler
 
     def watches(self, source: Descriptor) -> bool:
@@ -58,8 +63,16 @@ class Loop:
     def forget(self, source: Descriptor) -> None:
         """End watch(), before the descriptor is closed."""
         fd = fileno_of(source, "source")
-        if self.handlers.pop(fd, None) is not None:
+        if self.handlers.pop(fd, None) is not None or fd in self._resting:
+            self._resting.discard(fd)
             self.poller.unregister(fd)
+
+    def rest(self, source: Descriptor) -> None:
+        """End watch() for a moment: *source* keeps its place, for which there may be no memory then."""
+        fd = fileno_of(source, "source")
+        if self.handlers.pop(fd, None) is not None:
+            self.poller.modify(fd, 0)
+            self._resting.add(fd)
 
     def close(self) -> None:
         """Forget all; close the poller, if it is a descriptor itself."""

@@ -13,6 +13,7 @@ client until it has taken it. Nothing here waits but the loop. What it waits wit
 between the models select, poll and epoll.
 """
 
+import functools
 import logging
 import socket
 from collections.abc import Sequence
@@ -121,20 +122,26 @@ class MultiplexServer(Server):
 
     def _wait_for(self, client: _Client, wanted: int) -> None:
         """Have the loop look for what the client waits for now, or end it."""
-        was, client.waits_for = client.waits_for, wanted
-        watched = was in (READ, WRITE)
+        # epoll_ctl(2) fails when the memory or the user's watches are all in use.
+        if not self._try("wait for a client", functools.partial(self._watch_for, client, wanted)):
+            self._watch_for(client, lib.ik_connection_abort(client.native, lib.IK_END_NO_MEMORY))
+
+    def _watch_for(self, client: _Client, wanted: int) -> bool:
+        watched = self.loop.watches(client.fd)
+        client.waits_for = wanted
         if wanted in (READ, WRITE):
             if watched:
                 self.loop.poller.modify(client.fd, wanted)
             else:
                 self.loop.watch(client.fd, wanted, client.ready)
-            return
+            return True
         if watched:  # or that it hangs up would wake us again and again
             self.loop.forget(client.fd)
         if wanted == lib.IK_STEP_ENDED:
             self._close(client)
         else:
             self._waiting.add(client, wanted)
+        return True
 
     def _close(self, client: _Client) -> None:
         was_full = self._is_full()

@@ -51,8 +51,8 @@ _TRY_NEXT = {
     errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO, errno.ENOPROTOOPT, errno.ENETDOWN, errno.ENETUNREACH,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EOPNOTSUPP, errno.ENONET, errno.EPERM, errno.ETIMEDOUT,
 }  # fmt: skip
-# Out of descriptors, memory or processes: it passes when some connection ends.
-_SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN}
+# Out of descriptors, memory, processes or watches of epoll: it passes when some connection ends.
+_SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.ENOSPC}
 _PAUSE = 0.1
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = {*_STOPS, signal.SIGHUP, signal.SIGUSR1}
@@ -141,7 +141,7 @@ class Server(Rooted):
         self._signals: SelfPipe | None = None  # while it serves
         self._stopping = False
         self._paused = False
-        self._last_warning = 0.0
+        self._warned: dict[str, float] = {}  # when, by the name of the event
         self.loop = self._new_loop()
         """what the server waits with; ``loop.every()`` is there for who runs it"""
 
@@ -290,10 +290,15 @@ class Server(Rooted):
         """Watch the listeners while there is room, and only then."""
         wanted = not (self._paused or self._stopping) and self._open() < self._max_connections
         for listener in self.listeners:
-            if wanted and not self.loop.watches(listener):
-                self.loop.watch(listener, READ, functools.partial(self._ready, listener))
+            if self._paused:
+                self.loop.rest(listener)
             elif not wanted:
                 self.loop.forget(listener)
+            elif not self.loop.watches(listener):
+                self._try("listen", functools.partial(self._watch_listener, listener))
+
+    def _watch_listener(self, listener: socket.socket) -> None:
+        self.loop.watch(listener, READ, functools.partial(self._ready, listener))
 
     def _ready(self, listener: socket.socket, _: int) -> None:
         self._arrived(listener)
@@ -345,10 +350,10 @@ class Server(Rooted):
     # --- telling
 
     def _warn(self, name: str, text: str, *args: object, **fields: object) -> None:
-        """As event(), but once a second at the most."""
+        """As event(), but once a second at the most for each name."""
         now = time.monotonic()
-        if now - self._last_warning >= 1:
-            self._last_warning = now
+        if now - self._warned.get(name, 0.0) >= 1:
+            self._warned[name] = now
             event(name, text, *args, level=logging.WARNING, **fields)
 
     def _started(self, connection: HasPeer) -> None:
