@@ -101,8 +101,10 @@ class Server(Rooted):
         service: what is done with a client, see ``ipckit.servers.service``.
         max_connections: at that many at a time the next ones wait in the backlog.
         idle_timeout: seconds after which a silent client, or one that takes none of its answer, is
-            closed, or up to a quarter later; None: never.
-        total_timeout: seconds that a connection may last at all, or up to a quarter more; None: any.
+            closed, or up to a quarter later; None: never. One that has taken some of it has in any case
+            the time to read that at 8 KiB/s, up to 16 seconds.
+        total_timeout: seconds that a connection may last at all, or up to a quarter more, whatever it
+            waits for; None: any.
         max_output: bytes; a longer answer of a service is not sent, and ends the connection. Until a
             client has taken one answer nothing more is read from it.
     """

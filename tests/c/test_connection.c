@@ -528,6 +528,33 @@ static void a_child_is_stopped_at_any_moment(void) {
     }
 }
 
+static void other_handler(int signum) {
+    (void)signum;
+}
+
+static void *handler_of_sigurg(void) {
+    struct sigaction action;
+    assert(sigaction(SIGURG, NULL, &action) == 0);
+    return (void *)action.sa_handler;
+}
+
+static void sigurg_is_given_back_and_a_handler_left_alone(void) {
+    ik_connection_release_signal();
+    assert(handler_of_sigurg() == (void *)SIG_DFL);
+    ik_connection_claim_signal();
+    assert(handler_of_sigurg() != (void *)SIG_DFL);
+    ik_connection_release_signal();
+    assert(handler_of_sigurg() == (void *)SIG_DFL);
+    signal(SIGURG, other_handler);
+    ik_connection_claim_signal();
+    assert(handler_of_sigurg() == (void *)other_handler);
+    a_thread_is_stopped_at_any_moment();
+    ik_connection_release_signal();
+    assert(handler_of_sigurg() == (void *)other_handler);
+    signal(SIGURG, SIG_DFL);
+    ik_connection_claim_signal();
+}
+
 /* It waits for the log, the client, or to send: it ends all the same. */
 static void a_thread_is_cut(int size, const char *first, size_t len) {
     int client, told[2];
@@ -606,6 +633,7 @@ int main(void) {
     a_unix_peer_is_its_process();
     a_thread_serves_and_tells();
     a_thread_is_stopped_at_any_moment();
+    sigurg_is_given_back_and_a_handler_left_alone();
     a_child_is_stopped_at_any_moment();
     a_thread_is_cut(0, "", 0);
     a_thread_is_cut(IK_PIECE, "log", 3);
