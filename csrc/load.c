@@ -35,20 +35,29 @@ enum { BUCKETS = (LAST_POWER - STEP_BITS + 2) * STEPS };
 typedef struct slot {
     int fd;
     int state;
-    int settled;       /* it was opened once, or that failed */
-    uint32_t events;   /* that epoll reports for it */
-    uint32_t index;    /* active ones first, then the idle */
-    size_t pattern_at; /* where its stream begins in the pattern */
+    int settled;      /* it was opened once, or that failed */
+    uint32_t events;  /* that epoll reports for it */
+    uint32_t index;   /* active ones first, then the idle */
+    size_t begins_at; /* in the period of the streams */
     uint64_t number;
     uint64_t begun; /* messages */
-    uint64_t sent, received, goal;
+    uint64_t sent, goal, received, awaited;
     int64_t began;       /* what is under way; the time limit counts from here */
     int64_t counts_from; /* the same, or when it was due: the latency counts from here */
     int64_t again_at;    /* when paused or queued */
 } slot;
 
+/* What is repeated without end: from any place in the period CHUNK bytes can be read on. */
+typedef struct stream {
+    unsigned char *bytes;
+    size_t period;
+} stream;
+
 struct ik_load {
     ik_load_options options;
+    stream out,
+        in; /* what each connection sends; what has to come back: the same if it is echoed */
+    int64_t out_len, in_len; /* of a message */
     union {
         struct sockaddr any;
         struct sockaddr_in in;
@@ -60,14 +69,26 @@ struct ik_load {
     slot *slots;
     uint32_t n_slots, n_opened, n_settled, n_ended, n_active_ended, at_once;
     uint64_t n_connections, due, armed_for;
-    int64_t started, scheduled_from, counting_from, counting_until, last_echo, look_at;
+    int64_t started, scheduled_from, counting_from, counting_until, told_at, last_echo, look_at;
+    int64_t opening_ns;    /* how long the opening waits for a connection */
+    int64_t failing_since; /* nothing has come back since this error; 0: there was none */
     int phase;
+    int reached, answered; /* somebody, once; by somebody */
+    int unreachable;       /* errno: nobody is there */
     uint64_t count, echoed, bytes, unsent;
     int64_t worst;
     ik_load_failure failures[IK_LOAD_KINDS];
     uint64_t latencies[BUCKETS];
-    unsigned char pattern[PERIOD + CHUNK], answer[CHUNK];
+    unsigned char answer[CHUNK];
 };
+
+static int64_t plus(int64_t a, int64_t b) {
+    return a > INT64_MAX - b ? INT64_MAX : a + b;
+}
+
+static int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
 
 /* --- latencies */
 
@@ -169,6 +190,8 @@ static ik_load_failure *fail(ik_load *load, slot *s, int kind, int error) {
     ik_load_failure *failure = &load->failures[kind];
     if (failure->count++ == 0)
         tell_first(load, s, failure, error);
+    if (load->failing_since == 0)
+        load->failing_since = ik_wait_now();
     if (load->phase == IK_LOAD_ENDING || all_begun(load, s)) {
         end(load, s);
         return failure;
@@ -181,31 +204,35 @@ static ik_load_failure *fail(ik_load *load, slot *s, int kind, int error) {
     return failure;
 }
 
-/* EPIPE: the server closed in good order, and then refused what we sent. */
-static void fail_by_errno(ik_load *load, slot *s, int error) {
+/* EPIPE: the server closed in good order, and then refused what we sent. ENOTCONN is shutdown()'s.
+ */
+static int kind_of(int error) {
     switch (error) {
     case ECONNREFUSED:
-        fail(load, s, IK_LOAD_REFUSED, error);
-        break;
+        return IK_LOAD_REFUSED;
     case ECONNRESET:
-    case ENOTCONN: /* of shutdown() */
-        fail(load, s, IK_LOAD_RESET, error);
-        break;
+    case ENOTCONN:
+        return IK_LOAD_RESET;
     case EPIPE:
-        fail(load, s, IK_LOAD_CLOSED_EARLY, error);
-        break;
+        return IK_LOAD_CLOSED_EARLY;
     case ETIMEDOUT:
-        fail(load, s, IK_LOAD_TIMED_OUT, error);
-        break;
+        return IK_LOAD_TIMED_OUT;
     default:
-        fail(load, s, IK_LOAD_OTHER, error);
+        return IK_LOAD_OTHER;
     }
+}
+
+static void fail_by_errno(ik_load *load, slot *s, int error) {
+    int kind = kind_of(error);
+    if (!load->reached && (kind == IK_LOAD_REFUSED || kind == IK_LOAD_OTHER))
+        load->unreachable = error;
+    fail(load, s, kind, error);
 }
 
 /* --- sending */
 
-static const unsigned char *content(const ik_load *load, const slot *s, uint64_t position) {
-    return load->pattern + (s->pattern_at + position) % PERIOD;
+static const unsigned char *content(const stream *of, const slot *s, uint64_t position) {
+    return of->bytes + (s->begins_at + position) % of->period;
 }
 
 static int watch(ik_load *load, slot *s, int operation) {
@@ -221,10 +248,11 @@ static int watch(ik_load *load, slot *s, int operation) {
  * -errno. */
 static int push(ik_load *load, slot *s) {
     uint64_t left = s->goal - s->sent;
-    ssize_t n =
-        send(s->fd, content(load, s, s->sent), left < CHUNK ? (size_t)left : CHUNK, MSG_NOSIGNAL);
+    ssize_t n = send(s->fd, content(&load->out, s, s->sent), left < CHUNK ? (size_t)left : CHUNK,
+                     MSG_NOSIGNAL);
     if (n < 0)
         return errno == EAGAIN ? 0 : -errno;
+    load->reached = 1;
     s->sent += (uint64_t)n;
     return 0;
 }
@@ -237,9 +265,21 @@ static void send_more(ik_load *load, slot *s, int operation) {
         fail_by_errno(load, s, -rc);
 }
 
-static void begin(slot *s, int state, int64_t size) {
+static void begin(slot *s, int state, int64_t out, int64_t in) {
     s->state = state;
-    s->goal = s->sent + (uint64_t)size;
+    s->goal += (uint64_t)out;
+    s->awaited += (uint64_t)in;
+}
+
+static int is_echo(const ik_load *load) {
+    return load->options.request == NULL;
+}
+
+static void begin_hello(const ik_load *load, slot *s) {
+    if (is_echo(load))
+        begin(s, IK_LOAD_HELLO, 1, 1);
+    else
+        begin(s, IK_LOAD_HELLO, load->out_len, load->in_len);
 }
 
 static void try_to_connect(ik_load *load, slot *s) {
@@ -254,9 +294,9 @@ static void try_to_connect(ik_load *load, slot *s) {
         }
     }
     if (reconnects(load, s))
-        begin(s, IK_LOAD_ECHOING, load->options.size);
+        begin(s, IK_LOAD_ECHOING, load->out_len, load->in_len);
     else
-        begin(s, IK_LOAD_HELLO, 1);
+        begin_hello(load, s);
     send_more(load, s, EPOLL_CTL_ADD);
 }
 
@@ -285,8 +325,8 @@ static int make_socket(const ik_load *load, slot *s) {
 
 static void open_connection(ik_load *load, slot *s) {
     s->number = load->n_connections++;
-    s->pattern_at = s->number * STRIDE % PERIOD;
-    s->sent = s->received = s->goal = 0;
+    s->begins_at = is_echo(load) ? s->number * STRIDE % PERIOD : 0;
+    s->sent = s->goal = s->received = s->awaited = 0;
     s->state = IK_LOAD_HELLO;
     s->began = ik_wait_now();
     int rc = make_socket(load, s);
@@ -310,7 +350,7 @@ static void begin_message(ik_load *load, slot *s) {
         open_connection(load, s);
         return;
     }
-    begin(s, IK_LOAD_ECHOING, load->options.size);
+    begin(s, IK_LOAD_ECHOING, load->out_len, load->in_len);
     send_more(load, s, EPOLL_CTL_MOD);
 }
 
@@ -390,16 +430,20 @@ static void wrong_byte(ik_load *load, slot *s, const unsigned char *expected) {
     failure->got = load->answer[i];
 }
 
+/* An echo is never ahead of what was sent; an answer may come when a part of the request is enough.
+ */
 static void take(ik_load *load, slot *s, size_t n) {
-    const unsigned char *expected = content(load, s, s->received);
-    if (s->received + n > s->sent)
+    const unsigned char *expected = content(&load->in, s, s->received);
+    load->answered = 1;
+    load->failing_since = 0;
+    if (s->received + n > (is_echo(load) ? s->sent : s->awaited))
         fail(load, s, IK_LOAD_TOO_MUCH, 0);
     else if (memcmp(load->answer, expected, n) != 0)
         wrong_byte(load, s, expected);
     else {
         load->bytes += n;
         s->received += n;
-        if (s->received == s->goal)
+        if (s->received == s->awaited)
             echoed(load, s);
     }
 }
@@ -432,13 +476,14 @@ static void start_running(ik_load *load) {
     load->counting_from = load->scheduled_from + options->warm_up_ns;
     if (options->duration_ns > 0)
         load->counting_until = load->counting_from + options->duration_ns;
-    for (uint32_t i = 0; i < options->connections; i++)
+    for (uint32_t i = 0; i < options->connections && load->unreachable == 0; i++)
         if (load->slots[i].state == IK_LOAD_READY)
             go_on(load, &load->slots[i]);
 }
 
 static void open_some(ik_load *load) {
-    while (load->n_opened < load->n_slots && load->n_opened - load->n_settled < load->at_once)
+    while (load->n_opened < load->n_slots && load->n_opened - load->n_settled < load->at_once &&
+           load->unreachable == 0)
         open_connection(load, &load->slots[load->n_opened++]);
     if (load->n_settled == load->n_slots)
         start_running(load);
@@ -457,14 +502,21 @@ static uint64_t due_on(const ik_load *load, const slot *s) {
 
 static void start_ending(ik_load *load, int64_t now) {
     load->phase = IK_LOAD_ENDING;
-    if (now < load->counting_until)
-        load->counting_until = now;
+    load->counting_until = least(load->counting_until, now);
     for (uint32_t i = 0; i < load->n_slots; i++) {
         slot *s = &load->slots[i];
         if (is_active(load, s) && due_on(load, s) > s->begun)
             load->unsent += due_on(load, s) - s->begun;
         end_early(load, s);
     }
+}
+
+/* The duration is over, or somebody says so: what is under way has the grace. */
+static void tell_to_end(ik_load *load, int64_t now) {
+    load->told_at = least(load->told_at, now);
+    load->look_at = least(load->look_at, plus(load->told_at, load->options.grace_ns));
+    if (load->phase < IK_LOAD_ENDING)
+        start_ending(load, now);
 }
 
 static uint64_t most_due(const ik_load *load) {
@@ -489,7 +541,7 @@ static void advance(ik_load *load) {
     if (load->phase == IK_LOAD_RUNNING && load->n_active_ended == load->options.connections)
         start_ending(load, load->last_echo);
     else if (load->phase == IK_LOAD_RUNNING && now >= load->counting_until)
-        start_ending(load, now);
+        tell_to_end(load, now);
     if (load->n_ended == load->n_slots)
         load->phase = IK_LOAD_DONE;
 }
@@ -501,22 +553,46 @@ static int is_under_way(const slot *s) {
            s->state == IK_LOAD_CLOSING;
 }
 
+static int is_late(const ik_load *load, const slot *s, int64_t now) {
+    const ik_load_options *options = &load->options;
+    int64_t limit = load->phase == IK_LOAD_OPENING ? load->opening_ns : options->timeout_ns;
+    int is_over = now - load->told_at >= options->grace_ns;
+    return is_under_way(s) && (is_over || now - s->began >= limit);
+}
+
+static void look_at(ik_load *load, slot *s, int64_t now) {
+    int waits = s->state == IK_LOAD_PAUSED || s->state == IK_LOAD_QUEUED;
+    if (is_late(load, s, now))
+        fail(load, s, IK_LOAD_TIMED_OUT, 0);
+    else if (waits && now >= s->again_at)
+        try_again(load, s);
+    else if (waits)
+        load->look_at = least(load->look_at, s->again_at);
+}
+
+/* A server that answers nothing ends the opening, or each few connections would take a time limit.
+ * With a duration the rest ends in its time, whatever the server does; without one it might never.
+ */
+static int is_hopeless(const ik_load *load, int64_t now) {
+    if (load->phase == IK_LOAD_OPENING && load->failures[IK_LOAD_TIMED_OUT].count > 0)
+        return !load->answered;
+    return load->phase < IK_LOAD_ENDING && load->options.duration_ns == 0 &&
+           load->failing_since > 0 &&
+           now - load->failing_since >= plus(load->options.timeout_ns, 10 * PAUSE);
+}
+
 /* All connections are looked through, but rarely; keeping them in order of time would cost more. */
 static void look_at_the_clock(ik_load *load) {
-    int64_t now = ik_wait_now(), every = load->options.timeout_ns / 4;
+    int64_t now = ik_wait_now(), every = least(load->options.timeout_ns, load->opening_ns) / 4;
     if (now < load->look_at)
         return;
-    load->look_at = now + (every < PAUSE ? every : PAUSE);
-    for (uint32_t i = 0; i < load->n_slots; i++) {
-        slot *s = &load->slots[i];
-        int paused = s->state == IK_LOAD_PAUSED || s->state == IK_LOAD_QUEUED;
-        if (is_under_way(s) && now - s->began >= load->options.timeout_ns)
-            fail(load, s, IK_LOAD_TIMED_OUT, 0);
-        else if (paused && now >= s->again_at)
-            try_again(load, s);
-        else if (paused && s->again_at < load->look_at)
-            load->look_at = s->again_at;
-    }
+    load->look_at = now + least(every, PAUSE);
+    if (now - load->told_at < load->options.grace_ns)
+        load->look_at = least(load->look_at, plus(load->told_at, load->options.grace_ns));
+    for (uint32_t i = 0; i < load->n_slots; i++)
+        look_at(load, &load->slots[i], now);
+    if (is_hopeless(load, now))
+        tell_to_end(load, now);
 }
 
 /* A timer descriptor, because the time limit of epoll_wait is in milliseconds. */
@@ -564,17 +640,18 @@ int ik_load_run(ik_load *load, int64_t until_ns) {
         load->started = ik_wait_now();
     while (rc == 0 && load->phase != IK_LOAD_DONE && ik_wait_now() < until_ns) {
         advance(load);
-        if (load->phase == IK_LOAD_DONE)
+        if (load->phase == IK_LOAD_DONE || load->unreachable)
             break;
         rc = turn(load, until_ns);
         look_at_the_clock(load);
     }
+    if (load->unreachable)
+        return -load->unreachable;
     return rc < 0 ? rc : load->phase == IK_LOAD_DONE;
 }
 
 void ik_load_stop(ik_load *load) {
-    if (load->phase < IK_LOAD_ENDING)
-        start_ending(load, ik_wait_now());
+    tell_to_end(load, ik_wait_now());
 }
 
 /* --- from here to there */
@@ -608,19 +685,55 @@ static int take_address(ik_load *load, const char *host, int port) {
     return 0;
 }
 
+static int make_stream(stream *of, size_t period) {
+    of->period = period;
+    of->bytes = malloc(period + CHUNK);
+    return of->bytes ? 0 : -ENOMEM;
+}
+
+static void repeat(stream *of) {
+    for (size_t i = of->period; i < of->period + CHUNK; i++)
+        of->bytes[i] = of->bytes[i - of->period];
+}
+
 /* Neighbours differ, so that a message of one byte is not taken for the next one. */
-static void fill_pattern(ik_load *load) {
+static int fill_pattern(stream *of) {
     uint32_t random = 2463534242;
     unsigned char byte = 0;
-    for (size_t i = 0; i < PERIOD; i++) {
+    int rc = make_stream(of, PERIOD);
+    for (size_t i = 0; rc == 0 && i < PERIOD; i++) {
         random ^= random << 13;
         random ^= random >> 17;
         random ^= random << 5;
         byte = (unsigned char)(byte + 1 + random % 255);
-        load->pattern[i] = byte;
+        of->bytes[i] = byte;
     }
-    for (size_t i = PERIOD; i < sizeof load->pattern; i++)
-        load->pattern[i] = load->pattern[i - PERIOD];
+    if (rc == 0)
+        repeat(of);
+    return rc;
+}
+
+static int copy(stream *of, const void *bytes, int64_t length) {
+    int rc = make_stream(of, (size_t)length);
+    if (rc < 0)
+        return rc;
+    memcpy(of->bytes, bytes, (size_t)length);
+    repeat(of);
+    return 0;
+}
+
+static int make_streams(ik_load *load) {
+    const ik_load_options *options = &load->options;
+    if (is_echo(load)) {
+        load->out_len = load->in_len = options->size;
+        int rc = fill_pattern(&load->out);
+        load->in = load->out;
+        return rc;
+    }
+    load->out_len = options->request_len;
+    load->in_len = options->answer_len;
+    int rc = copy(&load->out, options->request, load->out_len);
+    return rc < 0 ? rc : copy(&load->in, options->answer, load->in_len);
 }
 
 static int make_slots(ik_load *load) {
@@ -656,6 +769,8 @@ static int prepare(ik_load *load) {
     int rc = options->host ? take_address(load, options->host, options->port)
                            : take_path(load, options->path);
     if (rc == 0)
+        rc = make_streams(load);
+    if (rc == 0)
         rc = make_slots(load);
     if (rc == 0)
         rc = make_descriptors(load);
@@ -670,8 +785,12 @@ int ik_load_new(const ik_load_options *options, ik_load **ret) {
     load->epoll = load->timer = -1;
     load->armed_for = UINT64_MAX;
     load->at_once = AT_ONCE;
-    load->counting_from = load->counting_until = INT64_MAX;
-    fill_pattern(load);
+    load->counting_from = load->counting_until = load->told_at = INT64_MAX;
+    load->opening_ns = options->timeout_ns;
+    if (options->duration_ns > 0)
+        load->opening_ns =
+            least(load->opening_ns,
+                  plus(plus(options->warm_up_ns, options->duration_ns), options->grace_ns));
     int rc = prepare(load);
     if (rc < 0)
         ik_load_free(load);
@@ -688,6 +807,9 @@ void ik_load_free(ik_load *load) {
     if (load->timer >= 0)
         close(load->timer);
     free(load->slots);
+    if (load->in.bytes != load->out.bytes)
+        free(load->in.bytes);
+    free(load->out.bytes);
     free(load);
 }
 

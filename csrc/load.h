@@ -1,9 +1,13 @@
-/* load.h - load on an echo server from one epoll loop; every byte that comes back is checked.
+/* load.h - load on an echo server, or one that answers a request, from one epoll loop; every byte
+ * that comes back is checked.
  *
  * Closed loop: a connection sends its next message when the last one is back, so a server that
  * stalls is sent less, and the stall is one late message for each connection. On a schedule
  * (interval_ns) message k is due at k * interval_ns on connection k % connections, whatever the
  * server does, and its latency counts from then ("without coordinated omission").
+ *
+ * A load on nobody (the first connection is refused) fails. One that nothing is answered to ends at
+ * its first time limit, one without a duration also when errors are all that comes.
  */
 #pragma once
 #include <stddef.h>
@@ -34,7 +38,7 @@ enum ik_load_state {
     IK_LOAD_NEW,     /* not begun yet */
     IK_LOAD_PAUSED,  /* after an error */
     IK_LOAD_QUEUED,  /* a Unix socket whose server has a full backlog */
-    IK_LOAD_HELLO,   /* connecting, and one byte there and back: then the server has it */
+    IK_LOAD_HELLO,   /* connecting, and one byte or request there and back: the server has it */
     IK_LOAD_READY,   /* nothing under way */
     IK_LOAD_ECHOING, /* a message under way */
     IK_LOAD_CLOSING, /* our side is shut down; the end of file is to come */
@@ -48,11 +52,16 @@ typedef struct ik_load_options {
     uint32_t connections;
     uint32_t idle;       /* further ones, held silently */
     int reconnect;       /* a connection for each message */
-    int64_t size;        /* of a message */
+    int64_t size;        /* of a message of a pattern that is echoed; used without a request */
+    const void *request; /* what each message is; or NULL */
+    int64_t request_len;
+    const void *answer; /* and what comes back to it */
+    int64_t answer_len;
     uint64_t messages;   /* of each connection; 0: no limit */
     int64_t warm_up_ns;  /* not counted at first */
     int64_t duration_ns; /* counted then; 0: no limit */
     int64_t timeout_ns;  /* of a message, of opening, of the end of file */
+    int64_t grace_ns;    /* of all that is under way when the duration is over, or at a stop */
     double interval_ns;  /* of the schedule of all connections together; 0: closed loop */
 } ik_load_options;
 
@@ -86,10 +95,12 @@ int ik_load_new(const ik_load_options *options, ik_load **ret);
 void ik_load_free(ik_load *load);
 
 /* Go on until until_ns on CLOCK_MONOTONIC at the latest. 1 at the end, 0 before, -EINTR: run signal
- * handlers and call again; another error is epoll's. See epoll(7). */
+ * handlers and call again; another error is epoll's, or says why nobody can be reached. See
+ * epoll(7).
+ */
 int ik_load_run(ik_load *load, int64_t until_ns);
 
-/* Begin nothing more; what is under way comes to its end. */
+/* Begin nothing more; what is under way comes to its end, within the grace. */
 void ik_load_stop(ik_load *load);
 
 void ik_load_read_counters(const ik_load *load, ik_load_counters *ret);

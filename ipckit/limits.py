@@ -18,7 +18,7 @@ from ipckit import _procfs
 from ipckit._native import lib
 from ipckit._unpatched import os
 
-__all__ = ["Limit", "advice", "queue_folder", "survey", "value"]
+__all__ = ["Limit", "advice", "queue_folder", "raise_descriptors", "survey", "value"]
 
 # One file with four numbers; the names are those of semget(2).
 _SEMAPHORES = ("kernel.sem.semmsl", "kernel.sem.semmns", "kernel.sem.semopm", "kernel.sem.semmni")
@@ -60,6 +60,20 @@ def advice(name: str, wanted: int) -> str:
     if now is None:
         return f"the limit {name} can't be read here"
     return f"{name} is {now}; raise it with: {_command(name, wanted)}"
+
+
+def raise_descriptors(more: int) -> "tuple[int, int]":
+    """Raise the soft RLIMIT_NOFILE so that *more* descriptors can be opened, as far as the hard one goes.
+
+    It is never lowered, and not touched if it is enough. What this process starts inherits it.
+    Returns: how many descriptors that would be, and the soft limit as it was before. See getrlimit(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir(_procfs.path("self/fd"))) + more
+    if soft != resource.RLIM_INFINITY:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    return wanted, soft
 
 
 # --- all of them, for this process ----------------------------------------------------------------

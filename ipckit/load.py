@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Load on an echo server, from one epoll loop in C; each byte that comes back is checked.
+"""Load on a server, from one epoll loop in C; each byte that comes back is checked.
 
 ::
 
@@ -12,9 +12,13 @@
 So latencies of a closed loop tell how long an echo takes, those on a schedule how long a client waits
 ("without coordinated omission").
 
-A connection first sends one byte and waits for its echo: then the server has it, not only the
-kernel's queue. The clock starts when all are there. With ``reconnect`` each message has a connection
-of its own: connect, one echo, half-close, end of file; there is no such byte then.
+A message is a part of a pattern that an echo server sends back, or the text *send*, to which a service
+answers *expect*. A connection first sends one byte (or *send*) and waits for its answer: then the server
+has it, not only the kernel's queue. The clock starts when all are there. With ``reconnect`` each message
+has a connection of its own: connect, one echo, half-close, end of file; nothing goes before it then.
+
+It ends when it is told to, by its duration or by ``stop()``: what is under way then has the grace. If
+nobody can be reached it fails; if nobody answers it ends at the first time limit.
 """
 
 import errno
@@ -26,12 +30,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ipckit import _arguments, _procfs, wait
-from ipckit._arguments import LONG_MAX, integer, nanoseconds, seconds
+from ipckit import _arguments, wait
+from ipckit._arguments import LONG_MAX, Buffer, as_bytes, integer, nanoseconds, seconds
 from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
 from ipckit._unpatched import os, time
 from ipckit.errors import Closed, check
+from ipckit.limits import raise_descriptors
 
 __all__ = ["Load", "LoadProgress", "LoadReport", "run_load"]
 
@@ -96,6 +101,9 @@ class LoadReport:
     connections: int
     idle: int
     size: int
+    """bytes of a message"""
+    answer_size: int
+    """bytes of what comes back to it"""
     reconnect: bool
     scheduled_rate: float | None
     """messages per second that were due; None: a closed loop"""
@@ -119,31 +127,58 @@ class LoadReport:
     """kind: what happened first"""
 
 
-def _resolve(host: str, port: int, i_own_this_host: bool) -> tuple[str, int]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    address = str(found[4][0])
-    if not (ipaddress.ip_address(address).is_loopback or i_own_this_host):
-        raise ValueError(
-            f"{host!r} is {address}, which is not this machine's loopback; a load on somebody else's "
-            "machine is an attack: say i_own_this_host if it is yours"
-        )
-    return address, int(found[4][1])
+def _resolve(address: Any, i_own_this_host: bool) -> "list[tuple[str, int] | str]":
+    """All that the host has, as a client tries them one after the other; or the path."""
+    if not isinstance(address, tuple):
+        return [os.fspath(address)]
+    host, port = address[0], integer(address[1], "port", 1, 65535)
+    found = [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for each in found:
+        if not (ipaddress.ip_address(each).is_loopback or i_own_this_host):
+            raise ValueError(
+                f"{host!r} is {each}, which is not this machine's loopback; a load on somebody else's "
+                "machine is an attack: say i_own_this_host if it is yours"
+            )
+    return [(each, port) for each in found]
 
 
-def _raise_descriptor_limit(connections: int) -> "tuple[int, int] | None":
-    """Make room for so many descriptors more, up to the hard limit; the limits before, if they changed."""
+def _raise_descriptor_limit(connections: int) -> int:
+    """Make room for so many descriptors more; the soft limit as it was before."""
+    wanted, before = raise_descriptors(connections + _SPARE)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir(_procfs.path("self/fd"))) + connections + _SPARE
-    if soft == resource.RLIM_INFINITY or wanted <= soft:
-        return None
-    if wanted > hard != resource.RLIM_INFINITY:
+    if wanted > soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
         raise OSError(
             errno.EMFILE,
             f"{connections} connections need {wanted} descriptors, and RLIMIT_NOFILE allows {hard}; "
             f"raise it with: ulimit -Hn {wanted}, or prlimit --nofile={wanted}",
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return soft, hard
+    return before
+
+
+def _fill_message(
+    options: Any, size: int | None, send: Buffer | None, expect: Buffer | None
+) -> "tuple[int, int, Any]":
+    """What is sent and what comes back: the lengths, and what must live until C has copied it."""
+    if send is None:
+        if expect is not None:
+            raise ValueError("expect must be the answer to send, which is missing")
+        options.size = _count(64 if size is None else size, "size", most=LARGEST)
+        return options.size, options.size, None
+    if size is not None:
+        raise ValueError("size must be left out with send, which has its own")
+    request = _text(send, "send")
+    answer = request if expect is None else _text(expect, "expect")
+    options.request, options.answer = held = ffi.from_buffer(request), ffi.from_buffer(answer)
+    options.request_len, options.answer_len = len(request), len(answer)
+    return len(request), len(answer), held
+
+
+def _text(data: Buffer, name: str) -> bytes:
+    text = as_bytes(data, name)
+    if not 1 <= len(text) <= LARGEST:
+        raise ValueError(f"{name} must be of 1 to {LARGEST} bytes, not {len(text)}")
+    return text
 
 
 def _count(value: int, name: str, least: int = 1, most: int = 10**9) -> int:
@@ -155,6 +190,11 @@ def _warm_up_ns(warm_up: float) -> int:
     if limit == math.inf:
         raise ValueError(f"warm_up must be a number of seconds that comes to an end, not {warm_up!r}")
     return int(limit * 1e9)
+
+
+def _grace_ns(grace: float) -> int:
+    limit = seconds(grace, "grace")
+    return LONG_MAX if limit == math.inf else int(limit * 1e9)
 
 
 def _interval(rate: float | None) -> float:
@@ -174,17 +214,23 @@ class Load(Rooted):
     """A load that goes on in steps; ``run_load()`` is all of it in one call.
 
     Args: address: (host, port), or the path of a Unix socket. Only loopback addresses unless
-            *i_own_this_host*.
-        connections: at a time. size: bytes of a message, up to 16 MiB.
+            *i_own_this_host*. Of several addresses of a host the first one that can be reached.
+        connections: at a time. size: bytes of a message, up to 16 MiB; None is 64.
+        send: what each message is, instead of a pattern of that size; expect: all that comes back to it,
+            None: the same again. Up to 16 MiB each.
         messages: of each connection; None: no limit. duration: seconds to count; None: no limit.
-            Whichever comes first ends it; with both None nothing does but ``stop()``.
+            Whichever comes first ends it; with both None nothing does but ``stop()``, and errors alone
+            for as long as *timeout*.
         rate: messages per second of all connections together, on a schedule; None: a closed loop.
         reconnect: a connection for each message.
         idle: further connections, opened and held silently.
         warm_up: seconds that are not counted, before the others.
         timeout: seconds for a message, for opening a connection, for the end of file at its end.
+        grace: seconds for what is under way when the duration is over, or at ``stop()``.
 
-    A connection with an error is counted, closed, and opened again after 0.1 s: nothing ends early.
+    A connection with an error is counted, closed, and opened again after 0.1 s. Errors end nothing early, but
+    for a server that has answered nothing at all within a time limit. The opening waits for a connection
+    no longer than warm_up, duration and grace together.
     From 127.0.0.0/8 the connections of *reconnect* come from 127.0.0.1 to 127.0.0.16 in turn, because
     each address has some 28,000 ports, which are not free at once after their use.
 
@@ -199,7 +245,9 @@ class Load(Rooted):
         address: "tuple[str, int] | str | os.PathLike[str]",
         *,
         connections: int = 16,
-        size: int = 64,
+        size: int | None = None,
+        send: Buffer | None = None,
+        expect: Buffer | None = None,
         messages: int | None = None,
         duration: float | None = 5.0,
         rate: float | None = None,
@@ -207,41 +255,43 @@ class Load(Rooted):
         idle: int = 0,
         warm_up: float = 0.0,
         timeout: float = 10.0,
+        grace: float = 1.0,
         i_own_this_host: bool = False,
     ) -> None:
         connections = _count(connections, "connections", most=MOST_CONNECTIONS)
-        size, idle = _count(size, "size", most=LARGEST), _count(idle, "idle", least=0)
-        options = ffi.new("ik_load_options *")
-        options.connections, options.size, options.idle = connections, size, idle
+        idle = _count(idle, "idle", least=0)
+        self._options = options = ffi.new("ik_load_options *")
+        options.connections, options.idle = connections, idle
+        sent, answer, self._texts = _fill_message(options, size, send, expect)
         options.messages = 0 if messages is None else _count(messages, "messages")
         options.reconnect, options.interval_ns = reconnect, _interval(rate)
         options.duration_ns = nanoseconds(_arguments.duration(duration, "duration"))
         options.timeout_ns = nanoseconds(_arguments.duration(timeout, "timeout")) or LONG_MAX
+        options.grace_ns = _grace_ns(grace)
         options.warm_up_ns = _warm_up_ns(warm_up)
-        self._asked = (connections, idle, size, reconnect, rate)
-        self._strings = self._point(options, address, i_own_this_host)
-        self._limits = _raise_descriptor_limit(connections + idle)
-        made = ffi.new("ik_load **")
+        self._asked = (connections, idle, sent, answer, reconnect, rate)
+        self._addresses = _resolve(address, i_own_this_host)
+        self._limit = _raise_descriptor_limit(connections + idle)
         try:
-            check(lib.ik_load_new(options, made), self.target)
+            self._point()
         except BaseException:
             self._restore_limits()
             raise
-        self._native = made[0]
 
-    def _point(
-        self, options: Any, address: "tuple[str, int] | str | os.PathLike[str]", i_own_this_host: bool
-    ) -> Any:
-        """Fill in where to; what must live as long as *options*."""
-        if not isinstance(address, tuple):
-            self.target = os.fspath(address)
-            options.path = path = ffi.new("char[]", os.fsencode(address))
-            return path
-        host, port = _resolve(address[0], integer(address[1], "port", 1, 65535), i_own_this_host)
-        self.target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        options.host = name = ffi.new("char[]", host.encode())
-        options.port = port
-        return name
+    def _point(self) -> None:
+        """Go to the next of the addresses."""
+        address = self._addresses.pop(0)
+        options, made = self._options, ffi.new("ik_load **")
+        if isinstance(address, tuple):
+            host, options.port = address
+            options.host = held = ffi.new("char[]", host.encode())
+            self.target = f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"
+        else:
+            self.target = address
+            options.path = held = ffi.new("char[]", os.fsencode(address))
+        check(lib.ik_load_new(options, made), self.target)
+        del held  # which lived until it was copied
+        self._native = made[0]
 
     _native: Any = None
 
@@ -249,14 +299,22 @@ class Load(Rooted):
         """Go on for about so many seconds; whether it is over.
 
         Block for that time, in the kernel or in C without the GIL; a signal ends the step early, after
-        its Python handler has run. Raises: Closed; OSError of epoll_wait(2).
+        its Python handler has run. Raises: Closed; OSError of epoll_wait(2); ECONNREFUSED, ENOENT, or what
+        else connect(2) says, if nobody could be reached at all.
         """
         end = wait.deadline(seconds, "seconds")
         done: int = lib.ik_load_run(self._open(), LONG_MAX if end == wait.FOREVER else end)
-        return False if done == -errno.EINTR else bool(check(done, self.target))
+        if done == -errno.EINTR:
+            return False
+        if done < 0 and self._addresses and self.progress().phase == "opening":
+            unreachable = self._native
+            self._point()
+            lib.ik_load_free(unreachable)  # if a handler raised before it, this is never free
+            return False
+        return bool(check(done, self.target))
 
     def stop(self) -> None:
-        """Begin nothing more; go on with step() until what is under way has ended."""
+        """Begin nothing more; go on with step() until what is under way has ended, within the grace."""
         lib.ik_load_stop(self._open())
 
     def _open(self) -> Any:
@@ -300,7 +358,7 @@ class Load(Rooted):
     def report(self) -> LoadReport:
         """What was found; complete when ``step()`` has returned True. Raises: Closed."""
         counters, failures = self._counters(), self._failures()
-        connections, idle, size, reconnect, rate = self._asked
+        connections, idle, size, answer, reconnect, rate = self._asked
         seconds = self._seconds(counters)
         percentiles = {name: lib.ik_load_percentile(self._native, share) for name, share in _SHARES.items()}
         return LoadReport(
@@ -308,6 +366,7 @@ class Load(Rooted):
             connections=connections,
             idle=idle,
             size=size,
+            answer_size=answer,
             reconnect=reconnect,
             scheduled_rate=rate,
             seconds=seconds,
@@ -322,14 +381,14 @@ class Load(Rooted):
 
     def close(self) -> None:
         """Close all connections, as they are, and restore the limit; a second call does nothing."""
-        if self._native is not None:
-            lib.ik_load_free(self._native)
-            self._native = None
+        native, self._native = self._native, None  # before it is free: a handler may raise in between
+        if native is not None:
+            lib.ik_load_free(native)
             self._restore_limits()
 
     def _restore_limits(self) -> None:
-        if self._limits is not None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, self._limits)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self._limit, hard))
 
     def __enter__(self) -> "Self":
         return self
@@ -357,7 +416,7 @@ def run_load(
     on_progress: Callable[[LoadProgress], object] | None = None,
     **options: Any,
 ) -> LoadReport:
-    """Load the echo server at *address*; the options are those of ``Load``.
+    """Load the server at *address*; the options are those of ``Load``.
 
     Block until the end; errors don't end it, they are counted. KeyboardInterrupt and what else a signal
     handler raises does, at once.

@@ -1,5 +1,6 @@
 """The load generator on real servers: good ones, and small ones in children that do everything wrong."""
 
+import contextlib
 import json
 import os
 import resource
@@ -15,15 +16,15 @@ from functools import partial
 
 import pytest
 from conftest import PATIENCE, eventually
-from serving import Served, recv_exact
+from serving import NEVER, Served, recv_exact
 
 from ipckit import load as room
 from ipckit.errors import Closed
 from ipckit.load import Load
 from ipckit.messagelog import records
 
-# A busy machine may let more than the ten seconds of its default pass.
-run_load = partial(room.run_load, timeout=PATIENCE)
+# A busy machine may let more than its defaults pass.
+run_load = partial(room.run_load, timeout=PATIENCE, grace=PATIENCE)
 
 HELLO = 1  # the byte with which a long connection is opened
 
@@ -219,37 +220,98 @@ def test_also_with_a_connection_for_each_message(serving, answer, kind, told):
     assert report.count == 0
 
 
-def test_nobody_listens():
-    with socket.socket() as taken:  # so that no other test gets it meanwhile
+@pytest.fixture
+def refusing():
+    """An address at which nobody listens, and that nobody else gets."""
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        address = taken.getsockname()
-        began = time.monotonic()
-        report = run_load(address, connections=5, duration=0.25)
-        tenths = (time.monotonic() - began) / 0.1
-        once = run_load(address, connections=5, messages=1, duration=None, reconnect=True)
-    assert set(report.errors) == {"refused"}
-    assert 5 <= report.errors["refused"] <= 5 * (1 + tenths), "each at first, then every tenth of a second"
-    assert report.first["refused"] == "connection 0 after 0 bytes, while it was opened: Connection refused"
-    assert once.errors == {"refused": 5}
+        yield taken.getsockname()
+
+
+@pytest.mark.parametrize("reconnect", [False, True])
+def test_nobody_listens(refusing, reconnect):
+    with pytest.raises(ConnectionRefusedError) as refused:
+        run_load(refusing, connections=500, duration=NEVER, reconnect=reconnect)
+    assert refused.value.filename == "127.0.0.1:{1}".format(*refusing)
 
 
 def test_no_unix_socket_there(tmp_path):
-    report = run_load(str(tmp_path / "none"), connections=1, messages=1, duration=0.05)
-    assert "No such file or directory" in report.first["other"]
+    with pytest.raises(FileNotFoundError) as missing:
+        run_load(str(tmp_path / "none"), duration=NEVER)
+    assert missing.value.filename == str(tmp_path / "none")
 
 
-def test_a_server_that_never_answers_ends_no_run_and_takes_no_time_limit_for_each(serving):
+def test_a_host_with_several_addresses(serving):
+    """localhost is ::1 as well, where nobody listens."""
+    _, port = serving(echo)
+    with Load(("::1", port), connections=2, messages=3, duration=None) as load:
+        load._addresses.append(("127.0.0.1", port))  # whatever this machine's localhost is
+        eventually(load.step)
+        report = load.report()
+    assert (report.target, report.count, report.errors) == (f"127.0.0.1:{port}", 6, {})
+
+
+def never_answers(connection, _number):
+    select.select([], [], [], PATIENCE)
+
+
+@pytest.mark.parametrize("ending", [{"duration": 0.3, "grace": 0.1}, {"messages": 1, "duration": None}])
+def test_a_server_that_never_answers_takes_no_time_limit_for_each(serving, ending):
     one_by_one, timeout = 500, 0.7
     start = time.monotonic()
-    report = run_load(
-        serving(lambda connection, _: select.select([], [], [], PATIENCE)),
-        connections=one_by_one,
-        duration=0.1,
-        timeout=timeout,
-    )
-    assert report.errors["timed out"] >= one_by_one
+    report = run_load(serving(never_answers), connections=one_by_one, timeout=timeout, **ending)
+    assert set(report.errors) == {"timed out"} and report.count == 0
     assert "while it was opened" in report.first["timed out"]
     assert time.monotonic() - start < PATIENCE < one_by_one * timeout
+
+
+def test_the_duration_is_the_end_whatever_the_time_limit_is(serving):
+    report = run_load(serving(never_answers), connections=3, duration=0.3, timeout=NEVER, grace=0.1)
+    assert report.errors == {"timed out": 3}
+    report = run_load(serving(after_hello(silent)), connections=3, duration=0.3, timeout=NEVER, grace=0.1)
+    assert report.errors == {"timed out": 3}
+    assert "after 1 bytes, within a message" in report.first["timed out"]
+
+
+def test_connections_that_are_not_served_do_not_hold_up_those_that_are(serving):
+    """As of an iterative server: one after the other."""
+    turn = threading.Lock()
+
+    def one_after_the_other(connection, number):
+        with turn:
+            echo(connection)
+
+    report = run_load(serving(one_after_the_other), connections=2, duration=1.0, timeout=NEVER, grace=1.0)
+    assert report.count > 0
+    assert set(report.errors) <= {"timed out"}
+
+
+def dies(limit):
+    """Echo so many pieces, then break all connections and refuse new ones."""
+    echoed = []
+
+    def handle(connection, _number):
+        while data := connection.recv(65536):
+            connection.sendall(data)
+            echoed.append(data)
+            if len(echoed) == limit:
+                os._exit(0)
+
+    return handle
+
+
+def test_a_server_that_dies_ends_a_load_without_a_duration(serving):
+    report = run_load(serving(dies(20)), connections=2, messages=10**6, duration=None, timeout=0.5)
+    assert "refused" in report.errors
+    assert 0 < report.count < 20
+
+
+def test_one_with_a_duration_goes_on_and_asks_each_tenth_of_a_second(serving):
+    began = time.monotonic()
+    report = run_load(serving(dies(20)), connections=2, duration=0.5)
+    tenths = (time.monotonic() - began) / 0.1
+    assert 2 <= report.errors["refused"] <= 2 * (1 + tenths)
+    assert report.first["refused"].endswith("while it was opened: Connection refused")
 
 
 def test_an_error_is_one_error_and_the_rest_goes_on(serving):
@@ -275,6 +337,84 @@ def test_a_byte_too_much_after_the_last_message_is_seen(serving):
     assert report.errors == {"too much": 1}
     assert report.first["too much"].endswith("while it waited for the end of file")
     assert report.count == 1
+
+
+# --- a service that does not echo -----------------------------------------------------------------
+
+
+def counting(answer, close=False):
+    """For each line *answer*; how many lines came stands in the file ``lines`` in memory."""
+    lines = os.memfd_create("lines")
+    os.ftruncate(lines, 8)
+    lock = threading.Lock()
+
+    def handle(connection, _number):
+        with connection.makefile("rb") as requests:
+            for _ in requests:
+                with lock:
+                    (had,) = struct.unpack("q", os.pread(lines, 8, 0))
+                    os.pwrite(lines, struct.pack("q", had + 1), 0)
+                connection.sendall(answer)
+                if close:
+                    return
+
+    return handle, lines
+
+
+def lines_of(file):
+    (count,) = struct.unpack("q", os.pread(file, 8, 0))
+    os.close(file)
+    return count
+
+
+PONG = b"+PONG " + bytes(range(256)) + b"\n"
+
+
+def test_a_request_and_its_answer(serving):
+    handle, lines = counting(PONG)
+    report = run_load(
+        serving(handle), send=b"PING\n", expect=PONG, connections=3, idle=2, messages=7, duration=None
+    )
+    assert (report.errors, report.count) == ({}, 21)
+    assert (report.size, report.answer_size) == (5, len(PONG))
+    assert lines_of(lines) == 21 + 5, "each connection is opened with one"
+    assert report.bytes == (21 + 5) * len(PONG)
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_a_request_for_each_connection_whoever_closes_it(serving, close):
+    handle, lines = counting(PONG, close)
+    report = run_load(
+        serving(handle), send=b"PING\n", expect=PONG, connections=3, messages=7, duration=None, reconnect=True
+    )
+    assert (report.errors, report.count, report.bytes) == ({}, 21, 21 * len(PONG))
+    assert lines_of(lines) == 21
+
+
+def test_what_is_sent_is_expected_back_unless_said(tmp_path):
+    with Served(tmp_path / "log") as server:
+        report = run_load(server.address, send=b"hello\n", connections=2, messages=3, duration=None)
+        assert server.stop()[0] == 0
+    assert (report.errors, report.count) == ({}, 6)
+    assert (tmp_path / "log").read_bytes() == b"hello\n" * (6 + 2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "told"),
+    [
+        (PONG[:-1] + b"!", "wrong byte", "after 262 bytes, while it was opened: 0x21 came back, not 0x0a"),
+        (PONG + b"x", "too much", "while it was opened"),
+        (PONG[:-1], "timed out", "after 262 bytes, while it was opened"),
+    ],
+)
+def test_each_byte_of_an_answer_is_checked(serving, answer, kind, told):
+    handle, lines = counting(answer)
+    timeout = 0.2 if kind == "timed out" else PATIENCE
+    report = run_load(serving(handle), send=b"x\n", expect=PONG, connections=1, duration=0.3, timeout=timeout)
+    os.close(lines)
+    assert set(report.errors) == {kind}
+    assert report.first[kind].endswith(told)
+    assert report.count == 0
 
 
 # --- the schedule ---------------------------------------------------------------------------------
@@ -412,6 +552,11 @@ def test_the_limit_of_descriptors_is_raised_or_named(forked, serving, limits, re
         ({"duration": float("nan")}, "duration must be None or a number of seconds >= 0, not nan"),
         ({"rate": -1.0}, "rate must be"),
         ({"timeout": 0.0}, "timeout must be"),
+        ({"grace": -1.0}, "grace must be"),
+        ({"send": b""}, "send must be of 1 to 16777216 bytes, not 0"),
+        ({"send": b"x", "expect": b""}, "expect must be of 1 to 16777216 bytes, not 0"),
+        ({"expect": b"x"}, "expect must be the answer to send, which is missing"),
+        ({"send": b"x", "size": 3}, "size must be left out with send, which has its own"),
     ],
 )
 def test_a_bad_option_is_named(options, complaint):
@@ -502,29 +647,93 @@ def test_a_unix_socket_by_option(forked, tmp_path):
     assert (done.returncode, json.loads(done.stdout)["target"]) == (0, path)
 
 
-def test_ctrl_c_ends_it_with_a_report(serving):
-    host, port = serving(echo)
-    command = [sys.executable, "-m", "ipckit", "load", host, str(port), "--duration", "100", "--json"]
+@contextlib.contextmanager
+def running(*arguments):
+    """The command, and when all of its connections are there."""
+    command = [sys.executable, "-m", "ipckit", "load", *map(str, arguments), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        sockets = f"/proc/{process.pid}/fd"
-        eventually(lambda: len(os.listdir(sockets)) >= 16 + 3)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=PATIENCE)
+        descriptors = f"/proc/{process.pid}/fd"
+        eventually(lambda: len(os.listdir(descriptors)) >= 16 + 3)
+        yield process
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_a_report(serving, number):
+    host, port = serving(echo)
+    with running(f"{host}:{port}", "--duration", NEVER, "--grace", NEVER) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, "")
     assert json.loads(out)["errors"] == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_and_a_silent_server_does_not_keep_it(serving, number):
+    host, port = serving(never_answers)
+    with running(host, port, "--duration", NEVER, "--timeout", NEVER, "--grace", 0.1) as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (1, "")
+    assert json.loads(out)["errors"] == {"timed out": 16}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_ends_it_at_once_with_a_report_too(serving, number):
+    host, port = serving(never_answers)
+    with running(host, port, "--duration", NEVER, "--timeout", NEVER, "--grace", NEVER) as process:
+
+        def again():
+            process.send_signal(number)
+            return process.poll() is not None
+
+        eventually(again)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (128 + number, "")
+    assert json.loads(out)["count"] == 0
+
+
+def test_nobody_listens_is_one_line_and_status_1(refusing, tmp_path):
+    host, port = refusing
+    done = ipckit(f"{host}:{port}", "--duration", NEVER)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"Error: {host}:{port}: Connection refused\n"
+    done = ipckit("--unix", tmp_path / "none", "--duration", NEVER)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"Error: {tmp_path}/none: No such file or directory\n"
+
+
+def test_a_request_with_escapes(serving):
+    def handle(connection, _number):
+        while got := recv_exact(connection, 8):
+            connection.sendall({b"\0\r\n\\A\t'\xff": "über\n".encode()}.get(got, got))
+
+    host, port = serving(handle)
+    text = ("--send", r"\0\r\n\\\x41\t\'\377", "--expect", r"über\n")
+    done = ipckit(host, port, *text, "-n", 3, "-c", 2, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert (report["count"], report["size"], report["answer_size"]) == (6, 8, 6)
+    done = ipckit(host, port, *text, "-n", 3)
+    assert "bytes of an answer" in done.stdout
 
 
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ((), "name HOST and PORT, or --unix PATH"),
-        (("127.0.0.1",), "name HOST and PORT, or --unix PATH"),
-        (("127.0.0.1", "9", "--unix", "x"), "name HOST and PORT, or --unix PATH"),
-        (("127.0.0.1", "0"), "[PORT]': 0"),
+        ((), "or by --unix PATH; not nothing"),
+        (("127.0.0.1",), "name the server as HOST:PORT"),
+        (("::1:9",), "name the server as HOST:PORT"),
+        (("127.0.0.1", "9", "x"), "or by --unix PATH; not 127.0.0.1 9 x"),
+        (("127.0.0.1", "9", "--unix", "x"), "or by --unix PATH; not 127.0.0.1 9 --unix x"),
+        (("127.0.0.1", "0"), "with a port from 1 to 65535"),
+        (("127.0.0.1:65536",), "with a port from 1 to 65535"),
+        (("127.0.0.1:9", "--send", r"\q"), r"\q is no escape"),
+        (("127.0.0.1:9", "--expect", "x"), "expect must be the answer to send"),
+        (("127.0.0.1:9", "--send", "x", "--size", "1"), "size must be left out with send"),
         (("127.0.0.1", "9", "--size", "0"), "'--size'"),
         (("127.0.0.1", "9", "--rate", "0"), "'--rate'"),
         (("127.0.0.1", "9", "--duration", "x"), "'--duration'"),
@@ -544,6 +753,12 @@ def test_an_unknown_host_is_one_line():
 
 def test_what_the_room_says_of_its_limits_is_true():
     assert (room.LARGEST, room.MOST_CONNECTIONS) == (16 << 20, 1_000_000)
+
+
+@pytest.mark.parametrize("where", ["{0}:{1}", "{0} {1}", "localhost:{1}"])
+def test_the_ways_to_name_a_server(serving, where):
+    done = ipckit(*where.format(*serving(echo)).split(), "-n", 1)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help_reads_well():

@@ -81,7 +81,7 @@ static ik_load_counters run(ik_load_options options, int port, ik_load **ret) {
     int64_t deadline = in_seconds(PATIENCE);
     options.host = "127.0.0.1";
     options.port = port;
-    options.timeout_ns = PATIENCE * INT64_C(1000000000);
+    options.timeout_ns = options.grace_ns = PATIENCE * INT64_C(1000000000);
     assert(ik_load_new(&options, ret) == 0);
     while (ik_load_run(*ret, in_seconds(0.01)) == 0)
         assert(ik_wait_now() < deadline);
@@ -119,6 +119,52 @@ static void test_all_comes_back(int port) {
         }
 }
 
+/* The echo of a request is its answer; streams whose period no buffer divides. */
+static void test_a_request_and_its_answer(int port) {
+    static unsigned char text[70001];
+    for (size_t i = 0; i < sizeof text; i++)
+        text[i] = (unsigned char)(i * i + i / 251);
+    for (int reconnect = 0; reconnect < 2; reconnect++)
+        for (int64_t size = 1; size <= (int64_t)sizeof text; size += 35000) {
+            ik_load_options options = {.connections = 3,
+                                       .idle = 1,
+                                       .request = text,
+                                       .request_len = size,
+                                       .answer = text,
+                                       .answer_len = size,
+                                       .messages = 4,
+                                       .reconnect = reconnect};
+            ik_load *load;
+            ik_load_counters counters = run(options, port, &load);
+            none_failed(load);
+            assert(counters.count == 12);
+            assert(counters.bytes == (12 + (reconnect ? 1 : 4)) * (uint64_t)size);
+            ik_load_free(load);
+        }
+}
+
+static void test_nobody_is_there(void) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t length = sizeof address;
+    int bound = socket(AF_INET, SOCK_STREAM, 0); /* but it does not listen */
+    assert(bind(bound, (struct sockaddr *)&address, sizeof address) == 0);
+    assert(getsockname(bound, (struct sockaddr *)&address, &length) == 0);
+    for (int reconnect = 0; reconnect < 2; reconnect++) {
+        ik_load_options options = {.host = "127.0.0.1",
+                                   .port = ntohs(address.sin_port),
+                                   .connections = 20,
+                                   .size = 1,
+                                   .reconnect = reconnect,
+                                   .timeout_ns = INT64_MAX};
+        ik_load *load;
+        assert(ik_load_new(&options, &load) == 0);
+        assert(ik_load_run(load, in_seconds(PATIENCE)) == -ECONNREFUSED);
+        assert(ik_load_run(load, in_seconds(PATIENCE)) == -ECONNREFUSED);
+        ik_load_free(load);
+    }
+    close(bound);
+}
+
 static void test_the_wrong_byte_is_named(void) {
     int port, pid = start_server(&port, 70000);
     ik_load_options options = {.connections = 1, .size = 50000, .messages = 2};
@@ -140,7 +186,8 @@ static void test_stopped_and_thrown_away_at_any_time(int port) {
                                    .size = 1000,
                                    .idle = 2,
                                    .reconnect = steps % 2,
-                                   .timeout_ns = PATIENCE * INT64_C(1000000000)};
+                                   .timeout_ns = PATIENCE * INT64_C(1000000000),
+                                   .grace_ns = PATIENCE * INT64_C(1000000000)};
         ik_load *load;
         assert(ik_load_new(&options, &load) == 0);
         for (int i = 0; i < steps; i++)
@@ -179,9 +226,11 @@ int main(void) {
         return 77;
     int port, pid = start_server(&port, UINT64_MAX);
     test_all_comes_back(port);
+    test_a_request_and_its_answer(port);
     test_stopped_and_thrown_away_at_any_time(port);
     stop_server(pid);
     test_the_wrong_byte_is_named();
+    test_nobody_is_there();
     test_what_is_refused();
     return 0;
 }
