@@ -1,16 +1,20 @@
 import contextlib
 import errno
+import fcntl
 import os
 import pty
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 
+import procfs
 import pytest
 from conftest import PATIENCE, eventually
-from serving import BENCH, Served
+from serving import BENCH, Served, wait_gone, wait_stopped
 
 from ipckit.servers import client
 
@@ -146,6 +150,118 @@ def listener_name(errors):
     return errors.split(": ")[1].rsplit(":", 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "came_back"),
+    [
+        (b"one\ntwo\n", b"", "0 of 2"),
+        (b"one\ntwo\n", b"on", "1 of 2"),
+        (b"one\ntwo\n", b"one\n", "1 of 2"),
+        (b"one\ntwo", b"one\n", "1 of 2"),
+        (b"one", b"", "0 of 1"),
+        (b"one\n", b"one\n", None),
+        (b"GET a long key\nGET another one\n", b"1\n2\n", None),
+        (b"first of\nits lines\n", b"the only line of an answer, but a longer one\n", None),
+        (b"", b"", None),
+    ],
+)
+def test_a_server_that_closes_before_it_has_answered(forked, text, answer, came_back):
+    def cut(connection):
+        got = b""
+        while len(got) < len(text):
+            got += connection.recv(100)
+        connection.sendall(answer)
+
+    listener, serve = server_with(cut)
+    forked(serve).wait_ready()
+    status, out, errors = run_client(listener.getsockname(), text)
+    host, port = listener.getsockname()
+    listener.close()
+    assert out == answer
+    if came_back is None:
+        assert (status, errors) == (0, "")
+    else:
+        assert (status, errors) == (
+            1,
+            f"Error: {host}:{port}: closed by the server when {came_back} lines had come back\n",
+        )
+
+
+def keyboard_process(client):
+    (child,) = subprocess.check_output(["pgrep", "-P", str(client.pid)]).split()
+    return int(child)
+
+
+def unread(pipe):
+    """Bytes in a pipe."""
+    return struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"1234"))[0]
+
+
+@pytest.mark.parametrize("before", [b"", b"x\n"])
+def test_a_server_that_is_killed_is_one_line_and_status_1(server, before):
+    keyboard, held = os.pipe()
+    client = subprocess.Popen(
+        [*CLIENT, *map(str, server.address)], stdin=keyboard, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    if before:
+        os.write(held, before)
+        assert client.stdout.readline() == before
+    eventually(lambda: len(server.children()[0]) == 2)
+    (worker,) = set(server.children()[0]) - {server.wait_logger()}
+    os.kill(worker, signal.SIGSTOP)
+    wait_stopped(worker)
+    os.write(held, b"never answered\n")
+    eventually(lambda: unread(keyboard) == 0 and procfs.asleep(keyboard_process(client)))
+    os.kill(worker, signal.SIGKILL)
+    _, errors = client.communicate(timeout=PATIENCE)
+    assert client.returncode == 1
+    assert errors.count(b"\n") == 1 and errors.startswith(b"Error: 127.0.0.1:")
+    for fd in (keyboard, held):
+        os.close(fd)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_keyboard_process_is_left_by_a_client_that_is_killed(server, number):
+    keyboard, held = os.pipe()
+    client = subprocess.Popen([*CLIENT, *map(str, server.address)], stdin=keyboard, stdout=subprocess.PIPE)
+    os.write(held, b"x\n")
+    assert client.stdout.readline() == b"x\n"
+    child = keyboard_process(client)
+    client.send_signal(number)
+    assert client.wait(PATIENCE) == -number
+    wait_gone([child])
+    client.stdout.close()
+    for fd in (keyboard, held):
+        os.close(fd)
+
+
+def test_a_unix_socket(tmp_path):
+    path = tmp_path / "socket"
+    with Served(tmp_path / "log", "--unix", path):
+        done = subprocess.run([*CLIENT, "--unix", path], input=b"x\n", capture_output=True, timeout=PATIENCE)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"x\n", b"")
+    done = subprocess.run(
+        [*CLIENT, "-u", tmp_path / "no"], input=b"x\n", capture_output=True, timeout=PATIENCE
+    )
+    told = f"Error: {tmp_path}/no: No such file or directory\n".encode()
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", told)
+
+
+@pytest.mark.parametrize("where", ["{0}:{1}", "{0} {1}", "localhost:{1}", "localhost {1}"])
+def test_the_ways_to_name_a_server(server, where):
+    words = where.format(*server.address).split()
+    done = subprocess.run([*CLIENT, *words], input=b"x\n", capture_output=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"x\n", b"")
+
+
+@pytest.mark.parametrize(
+    "where", [(), ("127.0.0.1",), ("127.0.0.1:0",), ("127.0.0.1", "1", "2"), ("127.0.0.1:1", "-u", "x")]
+)
+def test_what_names_no_server_is_one_line_and_status_2(where):
+    done = subprocess.run([*CLIENT, *where], input="", capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Error: name the server as HOST:PORT") and done.stderr.count("\n") == 1
+
+
 def test_nobody_there_is_one_line():
     with socket.socket() as taken:  # so that no other test gets it meanwhile; but nobody listens
         taken.bind(("127.0.0.1", 0))
@@ -190,8 +306,7 @@ def test_killing_the_keyboard_process_half_closes(server):
     client = subprocess.Popen([*CLIENT, *map(str, server.address)], stdin=keyboard, stdout=subprocess.PIPE)
     os.write(held, b"x\n")
     assert client.stdout.readline() == b"x\n"
-    (child,) = subprocess.check_output(["pgrep", "-P", str(client.pid)]).split()
-    os.kill(int(child), signal.SIGKILL)
+    os.kill(keyboard_process(client), signal.SIGKILL)
     assert client.wait(PATIENCE) == 0
     client.stdout.close()
     for fd in (keyboard, held):

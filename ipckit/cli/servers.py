@@ -16,7 +16,7 @@ import click
 
 from ipckit._unpatched import os, signal, threading
 from ipckit.cli import serving
-from ipckit.cli.commands import Seconds, SocketPath, group, one_line
+from ipckit.cli.commands import Seconds, SocketPath, examples, group, one_line, server_address, shown
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, Server, Service, listening, server_class
 from ipckit.servers import client as split_client
@@ -334,19 +334,30 @@ def _run(server: Server, stop_timeout: float) -> None:
         raise click.ClickException(str(error)) from None
 
 
-@group.command()
-@click.argument("host")
-@click.argument("port", type=click.IntRange(1, 65535))
-def client(host: str, port: int) -> None:
-    """Talk to a server at HOST PORT.
+@group.command(
+    epilog=examples(
+        "ipckit client 127.0.0.1:7007",
+        "echo hello | ipckit client localhost:7007",
+        "ipckit client -u echo.sock < file > answer",
+    )
+)
+@click.argument("address", nargs=-1, metavar="[HOST:PORT]")
+@click.option("-u", "--unix", type=SocketPath(), metavar="PATH", help="A Unix socket, in place of HOST:PORT.")
+def client(address: "tuple[str, ...]", unix: str | None) -> None:
+    """Talk to a server at HOST:PORT, or at a Unix socket.
 
     One process sends the lines that you type, another one prints the answers. A line that is only q or
     Q, or the end of the input, ends the sending; the rest of the answer still comes. Standard input may be
     a file or a pipe.
+
+    Exit status: 0 if the server closed after its answers; 1, and one line that says why, if nobody is
+    there or the server broke the connection, or closed it when fewer lines (and bytes) had come back than
+    were sent; 2 for wrong usage, 130 after Ctrl-C.
     """
+    where = server_address(address, unix)
     try:
-        with one_line(f"{host}:{port}"):
-            split_client.run(host, port)
+        with one_line(shown(where)):
+            split_client.run(*([where] if isinstance(where, str) else where))
     except KeyboardInterrupt:
         raise click.exceptions.Exit(128 + 2) from None
 
