@@ -207,19 +207,11 @@ static ik_load_failure *fail(ik_load *load, slot *s, int kind, int error) {
 /* EPIPE: the server closed in good order, and then refused what we sent. ENOTCONN is shutdown()'s.
  */
 static int kind_of(int error) {
-    switch (error) {
-    case ECONNREFUSED:
-        return IK_LOAD_REFUSED;
-    case ECONNRESET:
-    case ENOTCONN:
-        return IK_LOAD_RESET;
-    case EPIPE:
-        return IK_LOAD_CLOSED_EARLY;
-    case ETIMEDOUT:
-        return IK_LOAD_TIMED_OUT;
-    default:
-        return IK_LOAD_OTHER;
-    }
+    return error == ECONNREFUSED                      ? IK_LOAD_REFUSED
+           : error == ECONNRESET || error == ENOTCONN ? IK_LOAD_RESET
+           : error == EPIPE                           ? IK_LOAD_CLOSED_EARLY
+           : error == ETIMEDOUT                       ? IK_LOAD_TIMED_OUT
+                                                      : IK_LOAD_OTHER;
 }
 
 static void fail_by_errno(ik_load *load, slot *s, int error) {
@@ -265,21 +257,15 @@ static void send_more(ik_load *load, slot *s, int operation) {
         fail_by_errno(load, s, -rc);
 }
 
-static void begin(slot *s, int state, int64_t out, int64_t in) {
-    s->state = state;
-    s->goal += (uint64_t)out;
-    s->awaited += (uint64_t)in;
-}
-
 static int is_echo(const ik_load *load) {
     return load->options.request == NULL;
 }
 
-static void begin_hello(const ik_load *load, slot *s) {
-    if (is_echo(load))
-        begin(s, IK_LOAD_HELLO, 1, 1);
-    else
-        begin(s, IK_LOAD_HELLO, load->out_len, load->in_len);
+static void begin(const ik_load *load, slot *s, int state) {
+    int is_byte = state == IK_LOAD_HELLO && is_echo(load);
+    s->state = state;
+    s->goal += is_byte ? 1 : (uint64_t)load->out_len;
+    s->awaited += is_byte ? 1 : (uint64_t)load->in_len;
 }
 
 static void try_to_connect(ik_load *load, slot *s) {
@@ -293,10 +279,7 @@ static void try_to_connect(ik_load *load, slot *s) {
             return;
         }
     }
-    if (reconnects(load, s))
-        begin(s, IK_LOAD_ECHOING, load->out_len, load->in_len);
-    else
-        begin_hello(load, s);
+    begin(load, s, reconnects(load, s) ? IK_LOAD_ECHOING : IK_LOAD_HELLO);
     send_more(load, s, EPOLL_CTL_ADD);
 }
 
@@ -350,7 +333,7 @@ static void begin_message(ik_load *load, slot *s) {
         open_connection(load, s);
         return;
     }
-    begin(s, IK_LOAD_ECHOING, load->out_len, load->in_len);
+    begin(load, s, IK_LOAD_ECHOING);
     send_more(load, s, EPOLL_CTL_MOD);
 }
 
@@ -514,7 +497,6 @@ static void start_ending(ik_load *load, int64_t now) {
 /* The duration is over, or somebody says so: what is under way has the grace. */
 static void tell_to_end(ik_load *load, int64_t now) {
     load->told_at = least(load->told_at, now);
-    load->look_at = least(load->look_at, plus(load->told_at, load->options.grace_ns));
     if (load->phase < IK_LOAD_ENDING)
         start_ending(load, now);
 }
@@ -587,8 +569,6 @@ static void look_at_the_clock(ik_load *load) {
     if (now < load->look_at)
         return;
     load->look_at = now + least(every, PAUSE);
-    if (now - load->told_at < load->options.grace_ns)
-        load->look_at = least(load->look_at, plus(load->told_at, load->options.grace_ns));
     for (uint32_t i = 0; i < load->n_slots; i++)
         look_at(load, &load->slots[i], now);
     if (is_hopeless(load, now))
@@ -685,55 +665,37 @@ static int take_address(ik_load *load, const char *host, int port) {
     return 0;
 }
 
-static int make_stream(stream *of, size_t period) {
-    of->period = period;
-    of->bytes = malloc(period + CHUNK);
-    return of->bytes ? 0 : -ENOMEM;
-}
-
-static void repeat(stream *of) {
-    for (size_t i = of->period; i < of->period + CHUNK; i++)
-        of->bytes[i] = of->bytes[i - of->period];
+static int make_stream(stream *of, const unsigned char *bytes, int64_t period) {
+    of->period = (size_t)period;
+    of->bytes = malloc(of->period + CHUNK);
+    for (size_t i = 0; of->bytes != NULL && i < of->period + CHUNK; i++)
+        of->bytes[i] = bytes[i % of->period];
+    return of->bytes != NULL ? 0 : -ENOMEM;
 }
 
 /* Neighbours differ, so that a message of one byte is not taken for the next one. */
-static int fill_pattern(stream *of) {
+static int make_pattern(stream *of) {
     uint32_t random = 2463534242;
-    unsigned char byte = 0;
-    int rc = make_stream(of, PERIOD);
-    for (size_t i = 0; rc == 0 && i < PERIOD; i++) {
+    unsigned char pattern[PERIOD], byte = 0;
+    for (size_t i = 0; i < PERIOD; i++) {
         random ^= random << 13;
         random ^= random >> 17;
         random ^= random << 5;
-        byte = (unsigned char)(byte + 1 + random % 255);
-        of->bytes[i] = byte;
+        pattern[i] = byte = (unsigned char)(byte + 1 + random % 255);
     }
-    if (rc == 0)
-        repeat(of);
-    return rc;
-}
-
-static int copy(stream *of, const void *bytes, int64_t length) {
-    int rc = make_stream(of, (size_t)length);
-    if (rc < 0)
-        return rc;
-    memcpy(of->bytes, bytes, (size_t)length);
-    repeat(of);
-    return 0;
+    return make_stream(of, pattern, PERIOD);
 }
 
 static int make_streams(ik_load *load) {
     const ik_load_options *options = &load->options;
-    if (is_echo(load)) {
-        load->out_len = load->in_len = options->size;
-        int rc = fill_pattern(&load->out);
-        load->in = load->out;
-        return rc;
-    }
-    load->out_len = options->request_len;
-    load->in_len = options->answer_len;
-    int rc = copy(&load->out, options->request, load->out_len);
-    return rc < 0 ? rc : copy(&load->in, options->answer, load->in_len);
+    int rc = is_echo(load) ? make_pattern(&load->out)
+                           : make_stream(&load->out, options->request, options->request_len);
+    load->in = load->out;
+    load->out_len = is_echo(load) ? options->size : options->request_len;
+    load->in_len = is_echo(load) ? options->size : options->answer_len;
+    if (rc == 0 && !is_echo(load))
+        rc = make_stream(&load->in, options->answer, options->answer_len);
+    return rc;
 }
 
 static int make_slots(ik_load *load) {
