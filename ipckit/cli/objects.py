@@ -10,7 +10,7 @@ import click
 
 from ipckit import inventory, limits, registry
 from ipckit._unpatched import os, time
-from ipckit.cli.commands import group, one_line
+from ipckit.cli.commands import examples, group, one_line
 from ipckit.inventory import Object
 from ipckit.limits import Limit
 
@@ -154,8 +154,11 @@ def _show_objects(found: Iterable[Object]) -> None:
     console.print(table)
 
 
-@group.command()
+@group.command(
+    epilog=examples("ipckit ls", "ipckit ls --mine -k sysv-queue", "ipckit ls --json | jq '.[].verdict'")
+)
 @click.option(
+    "-k",
     "--kind",
     "kinds",
     type=click.Choice(registry.KINDS),
@@ -220,9 +223,9 @@ def _remove(found: list[Object], asked: str, force: bool) -> None:
     click.echo(f"removed {_plain(obj.id)}")
 
 
-@group.command()
+@group.command(epilog=examples("ipckit rm sysv-queue:3", "ipckit rm -f memory:frames posix-queue:/jobs"))
 @click.argument("ids", nargs=-1, required=True, metavar="ID...")
-@click.option("--force", is_flag=True, help="Also what living processes use.")
+@click.option("-f", "--force", is_flag=True, help="Also what living processes use.")
 def rm(ids: tuple[str, ...], force: bool) -> None:
     """Remove named objects, by their ids.
 
@@ -243,13 +246,13 @@ def rm(ids: tuple[str, ...], force: bool) -> None:
     raise click.exceptions.Exit(failed)
 
 
-@group.command()
+@group.command(epilog=examples("ipckit gc -n", "ipckit gc --dead"))
 @click.option(
     "--dead",
     is_flag=True,
     help="Also what ipckit made and nobody uses, though all its users ended in good order.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
 @_json
 def gc(dead: bool, dry_run: bool, as_json: bool) -> None:
     """Remove orphans: made by ipckit, and without a living user.
@@ -328,7 +331,7 @@ def _show_limits_narrow(console: "Console", found: list[Limit]) -> None:
             console.print(f"    {limit.change}", style="dim", soft_wrap=True)  # to be copied whole
 
 
-@group.command()
+@group.command(epilog=examples("ipckit doctor", "ipckit doctor --json | jq '.[] | select(.tight)'"))
 @_json
 def doctor(as_json: bool) -> None:
     """Show the limits of this machine or container.
