@@ -60,9 +60,9 @@ class Served:
         if model:
             command += ["--model", model]
         popen = {"stdin": subprocess.DEVNULL, "stderr": self._errors, "start_new_session": True} | popen
-        self.process = subprocess.Popen(
-            [*command, *map(str, options)], stdout=subprocess.PIPE, text=True, **popen
-        )
+        self._json = "--json" in options
+        popen["stdout"] = self._errors if self._json else subprocess.PIPE
+        self.process = subprocess.Popen([*command, *map(str, options)], text=True, **popen)
         self.addresses = []
         """where it listens, as connect() of a socket takes it"""
         for line in self._introduction():
@@ -70,6 +70,9 @@ class Served:
 
     def _introduction(self):
         """The lines that it says at the start, up to the one about the log."""
+        if self._json:
+            eventually(lambda: "listening" in dict(self.events()) or self.process.poll() is not None)
+            return [f"listening on {each}" for each in dict(self.events())["listening"]["at"].split(", ")]
         said = ""
         while not re.search(r"^logging .*\n", said, re.M):
             # Not readline(): what that reads ahead select() doesn't see.
@@ -91,12 +94,12 @@ class Served:
         return self.process.pid
 
     def errors(self):
-        """What it has printed on standard error."""
+        """What it has printed on standard error; with --json on both streams."""
         end = os.fstat(self._errors.fileno()).st_size
         return os.pread(self._errors.fileno(), end, 0).decode()
 
     def events(self):
-        """The same with --json: name and fields of each event."""
+        """The same with --json, of which all is events: name and fields of each."""
         lines = self.errors().splitlines(keepends=True)
         events = [json.loads(line) for line in lines if line.endswith("\n")]
         return [(event["event"], event) for event in events]
@@ -155,13 +158,14 @@ class Served:
         """Signal it; its exit status and what it printed at the end."""
         self.process.send_signal(signum)
         out, _ = self.process.communicate(timeout=timeout)
-        return self.process.returncode, out + self.errors()
+        return self.process.returncode, (out or "") + self.errors()
 
     def close(self):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        self.process.stdout.close()
+        if self.process.stdout:
+            self.process.stdout.close()
         self._errors.close()
 
     def __enter__(self):

@@ -1,9 +1,12 @@
 import contextlib
 import fcntl
 import importlib.util
+import json
 import os
 import re
+import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -13,9 +16,12 @@ import sys
 import termios
 import time
 
+import click
+import procfs
+import psutil
 import pytest
 from conftest import PATIENCE, eventually
-from serving import Served, exchange, silent
+from serving import NEVER, Served, connect, exchange, silent, wait_gone
 
 from ipckit.cli import commands, main, servers  # noqa: F401 - the latter adds to the former
 from ipckit.servers import MODELS, server_class
@@ -33,12 +39,24 @@ def run(*arguments, **options):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("client",), ("demo",)])
-def test_help_reads_well(command):
+@pytest.mark.parametrize("command", [(), *((name,) for name in commands.group.commands)])
+def test_help_reads_well_and_shows_examples(command):
     status, out, _ = run(*command, "--help")
     assert status == 0
     assert "Usage: ipckit" in out
     assert max(map(len, out.splitlines())) <= 100
+    assert f"\n  Examples:\n    {' '.join(['ipckit', *command])}" in out
+
+
+def test_each_example_is_a_command_that_is_understood():
+    """All but what it does: a wrong option would be status 2."""
+    for command in commands.group.commands.values():
+        for line in command.epilog.splitlines()[2:]:
+            words = shlex.split(re.split(r"   |\||<|>", line.strip().removeprefix("echo hello | "))[0])
+            assert words[:2] == ["ipckit", command.name]
+            with contextlib.suppress(click.exceptions.Exit):
+                words = [word.replace("upper.py:Upper", "ipckit.servers:EchoService") for word in words]
+                command.make_context(command.name, words[2:])
 
 
 def test_version():
@@ -276,6 +294,97 @@ def test_no_log(tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            ("--no-log", "--durability", "synced"),
+            "--durability says how to log, and --no-log that nothing is logged",
+        ),
+        (
+            ("--no-log", "--durability", "none"),
+            "--durability says how to log, and --no-log that nothing is logged",
+        ),
+        (("--no-log", "--format", "raw"), "--format says how to log, and --no-log that nothing is logged"),
+        (("--unix-mode", "660"), "--unix-mode is of the socket files of --unix, and there are none"),
+        (("--json", "--live"), "--live needs standard error to be a terminal, without --json"),
+        (
+            ("--model", "epoll", "--json", "--keyboard"),
+            "--keyboard prints what is typed on standard output, which is all JSON with --json",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(tmp_path, options, why):
+    status, out, errors = run("serve", *options, cwd=tmp_path)
+    if "--json" in options:
+        assert (status, [json.loads(line)["text"] for line in out.splitlines()], errors) == (2, [why], "")
+    else:
+        assert (status, out, errors) == (2, "", f"Error: {why}\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("given", "mode"), [("660", 0o660), ("0o622", 0o622), ("0600", 0o600)])
+def test_the_mode_of_socket_files(tmp_path, given, mode):
+    paths = [tmp_path / "one", tmp_path / "two"]
+    with Served(tmp_path / "log", "--unix", paths[0], "--unix", paths[1], "--unix-mode", given) as server:
+        assert [path.stat().st_mode & 0o777 for path in paths] == [mode, mode]
+        assert server.stop()[0] == 0
+    status, _, errors = run("serve", "--unix", paths[0], "--unix-mode", "rw-rw----")
+    assert status == 2
+    assert "'rw-rw----' is no mode in octal" in errors
+
+
+# --- what it takes from the machine -----------------------------------------------------------------
+
+
+def limited_to(soft, hard):
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_there_is_a_descriptor_for_each_connection(tmp_path, model):
+    many = 300
+    room = {"fork": ("--max-children", many), "prefork": ("--max-children", many)}
+    options = () if model == "iterative" else ("--max-connections", many, *room.get(model, ()))
+    with Served(tmp_path / "log", *options, model=model, preexec_fn=limited_to(200, 4096)) as server:
+        soft, hard = psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE)
+        assert hard == 4096
+        assert soft == 200 if model == "iterative" else many < soft < many + 100
+        assert server.stop() == (0, server.errors())
+        assert server.errors().startswith("served ")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_too_few_are_told_at_the_start(tmp_path, as_json):
+    options = ("--model", "epoll", "--max-connections", 500, *(["--json"] if as_json else []))
+    with Served(tmp_path / "log", *options, preexec_fn=limited_to(100, 300)) as server:
+        assert psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE) == (300, 300)
+        assert server.stop()[0] == 0
+        told = r"500 connections need 5\d\d descriptors, and the hard RLIMIT_NOFILE is 300: further ones wait; raise"
+        if as_json:
+            (event,) = [fields for name, fields in server.events() if name == "limited"]
+            assert (event["level"], event["allowed"]) == ("warning", 300)
+            assert 500 < event["needed"] < 600
+            assert re.match(told, event["text"])
+        else:
+            assert re.match(f"ipckit: {told}", server.errors())
+
+
+def test_what_it_has_is_not_lowered(tmp_path):
+    with Served(tmp_path / "log", preexec_fn=limited_to(4000, 4096)) as server:
+        assert psutil.Process(server.pid).rlimit(psutil.RLIMIT_NOFILE) == (4000, 4096)
+        assert server.stop()[0] == 0
+
+
+def test_supervisor_and_workers_have_names_of_their_own(tmp_path):
+    (tmp_path / "upper.py").write_text(UPPER)
+    options = ("--service", "upper:Upper", "--no-log", "--model", "prefork")
+    with Served(tmp_path / "log", *options, cwd=tmp_path) as server:
+        assert psutil.Process(server.pid).name() == "ipckit-serve"
+        eventually(lambda: {psutil.Process(pid).name() for pid in server.children()[0]} == {"ipckit-worker"})
+        assert server.stop()[0] == 0
+
+
 def test_a_unix_socket_alone(tmp_path):
     path = tmp_path / "socket"
     with Served(tmp_path / "log", "--unix", path) as server:
@@ -349,6 +458,102 @@ def test_a_failing_service_s_traceback_is_part_of_its_json_line(tmp_path):
     assert "RuntimeError: no such luck" in failure["traceback"]
 
 
+def objects(lines):
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def test_json_is_all_there_is_on_one_stream(tmp_path):
+    (tmp_path / "warns.py").write_text("import warnings\nwarnings.warn('old', UserWarning)\n" + UPPER)
+    command = [
+        *IPCKIT,
+        "serve",
+        "-p",
+        "0",
+        "-l",
+        tmp_path / "log",
+        "--json",
+        "-s",
+        "warns:Upper",
+        "-m",
+        "epoll",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        told = []
+
+        def until(name):
+            while not told or told[-1]["event"] != name:
+                told.append(json.loads(server.stdout.readline()))
+            return told[-1]
+
+        host, port = until("listening")["at"].split(":")
+        with socket.create_connection((host, int(port))) as client:
+            assert exchange(client, b"bad") == b""
+        server.send_signal(signal.SIGUSR1)
+        until("statistics")
+        (tmp_path / "log").rename(tmp_path / "log.1")
+        server.send_signal(signal.SIGHUP)
+        until("log reopened")
+        server.terminate()
+        out, errors = server.communicate(timeout=PATIENCE)
+        assert (server.returncode, errors) == (0, "")
+    told += objects(out)
+    assert told[-1]["event"] == "served"
+    assert any("UserWarning: old" in event["text"] for event in told), "of the module, when it is loaded"
+    assert any("no such luck" in event.get("traceback", "") for event in told)
+    (logging,) = [event for event in told if event["event"] == "logging"]
+    assert logging["log"] == str(tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "text"),
+    [
+        (("--port", "x"), 2, "Invalid value for '-p' / '--port': 'x' is not a valid integer range."),
+        (("--unknown",), 2, "No such option '--unknown'."),
+        (("--service", "no_such:Upper"), 2, "can't be loaded: ModuleNotFoundError"),
+        (("--model", "fork", "--no-keyboard"), 2, "--keyboard is no option of the model fork"),
+        (("--model", "prefork", "--min-spare", "9", "--max-spare", "2"), 2, "max_spare must be an integer"),
+        (("--log", "missing/log"), 1, "missing/log: No such file or directory"),
+        (("--activated",), 1, "there are no sockets of a service manager"),
+        (("--host", "192.0.2.1"), 1, "192.0.2.1:0: Cannot assign requested address"),
+    ],
+)
+def test_json_errors_at_the_start_too(tmp_path, options, status, text):
+    code, out, errors = run("serve", "--json", "--port", "0", *options, cwd=tmp_path)
+    assert (code, errors) == (status, "")
+    last = objects(out)[-1]
+    assert (last["event"], last["level"]) == ("failed", "error")
+    assert text in last["text"]
+
+
+@pytest.mark.parametrize("options", [("--json",), ("--verbose",)])
+def test_who_reads_the_events_may_go_away(tmp_path, options):
+    reader, writer = os.pipe()
+    command = [*IPCKIT, "serve", "--unix", "s", "--log", "log", *options]
+    stream = "stdout" if "--json" in options else "stderr"
+    other = {"stdout": "stderr", "stderr": "stdout"}[stream]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdin=subprocess.DEVNULL, **{stream: writer, other: subprocess.PIPE}
+    ) as server:
+        os.close(writer)
+        eventually((tmp_path / "s").is_socket)
+        os.close(reader)
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as client:
+                eventually(lambda c=client: c.connect_ex(str(tmp_path / "s")) == 0)
+                assert exchange(client, b"x") == b"x"
+        server.terminate()
+        out, errors = server.communicate(timeout=PATIENCE)
+        assert server.returncode == 0
+        assert b"Traceback" not in (out or b"") + (errors or b"")
+
+
 def test_without_either_it_prints_only_the_figures(tmp_path):
     with Served(tmp_path / "log") as server:
         with server.connect() as client:
@@ -385,7 +590,12 @@ def shown(terminal, *patterns):
     return seen.decode()
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+def plain(text):
+    """Without what moves the cursor, or colours."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
 def test_live_figures(tmp_path, columns):
     with at_a_terminal(tmp_path / "log", "--live", "--verbose", columns=columns) as (server, terminal):
         with server.connect() as client:
@@ -394,9 +604,120 @@ def test_live_figures(tmp_path, columns):
                 terminal, rb"connection 1 from 127\.0\.0\.1:", rb"connections .* 1 .* 1 ", rb"0 replaced"
             )
             assert f"process {server.pid}" in text
+            assert max(map(len, plain(text).replace("\r", "\n").splitlines())) <= columns
+            assert "…" not in text, "nothing is cut off"
         server.process.send_signal(signal.SIGTERM)
         assert "1 (1 done)" in shown(terminal, b"logger restarts")
         assert server.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("exported", [None, "80"])
+def test_live_figures_in_a_terminal_that_gets_narrower(tmp_path, exported):
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    environment |= {"COLUMNS": exported, "LINES": exported} if exported else {}
+    with at_a_terminal(tmp_path / "log", "--live", columns=120, env=environment) as (server, terminal):
+        shown(terminal, rb"0 replaced")
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 30, 60, 0, 0))
+        text = shown(terminal, rb"(?s)\x1b\[2J.*0 replaced")  # what was there is cleared away
+        after = plain(text.partition("\x1b[2J")[2])
+        assert max(map(len, after.replace("\r", "\n").splitlines())) <= 60
+        with server.connect() as client:
+            assert exchange(client, b"x") == b"x"
+        server.process.send_signal(signal.SIGTERM)
+        shown(terminal, b"logger restarts")
+        assert server.process.wait(PATIENCE) == 0
+
+
+def test_live_lines_where_there_is_no_cursor(tmp_path):
+    environment = os.environ | {"TERM": "dumb"}
+    with at_a_terminal(tmp_path / "log", "--live", env=environment) as (server, terminal):
+        text = shown(terminal, rb"fork, process \d+, \d+ s: 0 connections, 0 echoes, 0 bytes\r\n")
+        server.process.send_signal(signal.SIGTERM)
+        text += shown(terminal, b"logger restarts")
+        assert server.process.wait(PATIENCE) == 0
+    assert "\x1b" not in text
+
+
+@contextlib.contextmanager
+def at_a_shell(folder):
+    """An interactive bash with a terminal of its own: the other end of that."""
+    ours, theirs = os.openpty()
+    with open(ours, "r+b", buffering=0) as terminal:
+        fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
+        environment = {"PATH": os.environ["PATH"], "TERM": "xterm", "PS1": "ready$ "}
+
+        def take_it():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        options = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "cwd": folder, "env": environment}
+        options |= {"start_new_session": True, "preexec_fn": take_it}
+        shell = subprocess.Popen(["bash", "--norc", "--noprofile", "-i"], **options)
+        os.close(theirs)
+        try:
+            yield terminal
+        finally:
+            jobs = psutil.Process(shell.pid).children(recursive=True)
+            for process in jobs:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            shell.kill()
+            shell.wait()
+            wait_gone([process.pid for process in jobs])
+
+
+def test_live_figures_and_job_control(tmp_path):
+    """Ctrl-Z gives the terminal back as it was, fg takes it again, and the background draws nothing."""
+    with at_a_shell(tmp_path) as terminal:
+        shown(terminal, rb"ready\$ ")
+        terminal.write(f"{sys.executable} -m ipckit serve -u s --live -l log -m epoll\n".encode())
+        text = shown(terminal, rb"process (\d+)", rb"0 replaced")
+        pid = int(re.search(r"process (\d+)", text)[1])
+
+        def served():
+            with connect(str(tmp_path / "s")) as client:
+                return exchange(client, b"x") == b"x"
+
+        assert served()
+        terminal.write(b"\x1a")
+        text = shown(terminal, rb"(?s)Stopped.*ready\$ ")
+        assert procfs.state(pid) == "T"
+        assert re.findall(r"\x1b\[\?25([hl])", text)[-1] == "h", "the cursor is visible"
+        terminal.write(b"fg\n")
+        text = shown(terminal, rb"(?s)process \d+, .*0 replaced")
+        assert f"process {pid}" in text
+        assert served()
+        terminal.write(b"\x1a")
+        shown(terminal, rb"(?s)Stopped.*ready\$ ")
+        terminal.write(b"bg\n")
+        shown(terminal, rb"ready\$ ")
+        assert served()
+        os.kill(pid, signal.SIGUSR1)
+        text = shown(terminal, rb"(?s)statistics: .*\n")
+        assert "replaced 0" in text and "0 replaced" not in text and "\x1b[?25l" not in text
+        terminal.write(b"fg\n")
+        shown(terminal, rb"(?s)process \d+, .*0 replaced")
+        terminal.write(b"\x03")
+        shown(terminal, rb"(?s)logger restarts.*ready\$ ")
+        terminal.write(b"echo status $?\n")
+        shown(terminal, rb"status 0\r\n")
+
+
+def test_a_load_and_job_control(tmp_path):
+    with Served(tmp_path / "log", model="epoll") as server, at_a_shell(tmp_path) as terminal:
+        host, port = server.address
+        shown(terminal, rb"ready\$ ")
+        terminal.write(f"{sys.executable} -m ipckit load {host}:{port} -d inf -t {NEVER}\n".encode())
+        shown(terminal, rb"running .* 16 open, [1-9]")
+        terminal.write(b"\x1a")
+        text = shown(terminal, rb"(?s)Stopped.*ready\$ ")
+        assert re.findall(r"\x1b\[\?25([hl])", text)[-1] == "h", "the cursor is visible"
+        terminal.write(b"fg\n")
+        shown(terminal, rb"running .* 16 open, [1-9]")
+        terminal.write(b"\x03")
+        shown(terminal, rb"(?s)latency, max.*ready\$ ")
+        terminal.write(b"echo status $?\n")
+        shown(terminal, rb"status 0\r\n")
+        assert server.stop()[0] == 0
 
 
 def test_live_figures_need_a_terminal(tmp_path):

@@ -12,7 +12,8 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
+from rich.constrain import Constrain
 from rich.live import Live
 
 from ipckit._unpatched import os, signal, time
@@ -40,7 +41,7 @@ class Screen:
 
     def __enter__(self) -> "Self":
         self._news = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._size = self.console.size
+        self._measure()
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTSTP, signal.SIGWINCH)}
         for number, handler in self._handlers.items():
             if handler is not signal.SIG_IGN:
@@ -89,10 +90,18 @@ class Screen:
 
     def _resize(self) -> None:
         """Of lines that were broken by a narrower terminal nobody knows how many there are: clear it."""
-        before, self._size = self._size, self.console.size
-        if self._live is not None and self._size.width < before.width:
+        before = self.console.width
+        self._measure()
+        if self._live is not None and self.console.width < before:
             self._hide()
             self.console.clear()
+
+    def _measure(self) -> None:
+        """What the terminal is, whatever COLUMNS says: that was right when somebody exported it."""
+        with contextlib.suppress(OSError):
+            columns, lines = os.get_terminal_size(2)
+            if columns and lines:
+                self.console.size = ConsoleDimensions(columns, lines)
 
     def _is_ours(self) -> bool:
         try:
@@ -112,7 +121,8 @@ class Screen:
             if self._live is None:
                 self._live = self._new_live()
                 self._live.start()
-            self._live.update(what, refresh=True)
+            # The terminal's echo of a key, ^Z, comes after it, and must not begin a new line.
+            self._live.update(Constrain(what, self.console.width - len("^Z") - 1), refresh=True)
 
     def _new_live(self) -> Live:
         """What is printed meanwhile comes above it, if it goes to this terminal."""

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -13,17 +14,30 @@ from types import ModuleType
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ipckit._unpatched import os, signal, threading
 from ipckit.cli import serving
-from ipckit.cli.commands import Seconds, SocketPath, examples, group, one_line, server_address, shown
+from ipckit.cli.commands import (
+    Mode,
+    Refused,
+    Seconds,
+    SocketPath,
+    examples,
+    group,
+    one_line,
+    server_address,
+    shown,
+)
+from ipckit.limits import raise_descriptors
 from ipckit.messagelog import MessageLog
 from ipckit.servers import MODELS, Server, Service, listening, server_class
 from ipckit.servers import client as split_client
-from ipckit.servers.server import taken_signals
+from ipckit.servers.server import event, taken_signals
 from ipckit.servers.terminal import terminal
 from ipckit.signals import SelfPipe, sigaction
 
+_SPARE_DESCRIPTORS = 16  # for what is open for a moment only
 _SECONDS = Seconds()
 _COUNT = click.IntRange(min=1)
 _PORT = click.IntRange(0, 65535)
@@ -54,6 +68,7 @@ _Command = Callable[..., None]
 
 def _log_option(text: str) -> Callable[[_Command], _Command]:
     return click.option(
+        "-l",
         "--log",
         "path",
         type=click.Path(dir_okay=False),
@@ -135,8 +150,18 @@ def _keyword(option: str) -> str:
     return option.removeprefix("--").replace("-", "_")
 
 
-@group.command()
+@group.command(
+    cls=serving.JsonCommand,
+    epilog=examples(
+        "ipckit serve                                      127.0.0.1:7007, logging to echomsg.txt",
+        "ipckit serve -m epoll -H 0.0.0.0 -H :: -p 7 -v    every address, each event told",
+        "ipckit serve -u echo.sock --unix-mode 660 --live",
+        "ipckit serve --durability synced --format record -l echo.log",
+        "ipckit serve --no-log --service upper.py:Upper --json | jq .text",
+    ),
+)
 @click.option(
+    "-m",
     "--model",
     type=click.Choice(list(MODELS)),
     default="fork",
@@ -145,6 +170,7 @@ def _keyword(option: str) -> str:
     "iterative: one client after the other; select, poll, epoll, asyncio: one process for all at once.",
 )
 @click.option(
+    "-H",
     "--host",
     "hosts",
     multiple=True,
@@ -153,6 +179,7 @@ def _keyword(option: str) -> str:
     "[default: 127.0.0.1, unless --unix or --activated is given]",
 )
 @click.option(
+    "-p",
     "--port",
     type=_PORT,
     metavar="PORT",
@@ -161,11 +188,18 @@ def _keyword(option: str) -> str:
     help="The port to listen on; 0 takes a free one and prints it.",
 )
 @click.option(
+    "-u",
     "--unix",
     type=SocketPath(),
     multiple=True,
     metavar="PATH",
     help="A socket file to listen on; also several times.",
+)
+@click.option(
+    "--unix-mode",
+    type=Mode(),
+    metavar="MODE",
+    help="Permissions of the socket files, as of chmod; who may write may connect.  [default: 600]",
 )
 @click.option("--activated", is_flag=True, help="Listen on the sockets that systemd passes (LISTEN_FDS).")
 @_log_option("The file to which each message is appended; a server has one of its own.")
@@ -186,6 +220,7 @@ def _keyword(option: str) -> str:
     "on the disk (synced).",
 )
 @click.option(
+    "-s",
     "--service",
     metavar="WHERE:CLASS",
     help="Serve by this class in place of the echo: MODULE:CLASS or FILE.py:CLASS, a subclass of "
@@ -211,12 +246,13 @@ def _keyword(option: str) -> str:
     metavar="SECONDS",
     help="When the server is stopped, connections may go on for so long.",
 )
-@click.option("--verbose", is_flag=True, help="Print each event to standard error.")
+@click.option("-v", "--verbose", is_flag=True, help="Print each event to standard error.")
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print the events, and the figures at the end, as JSON objects, one a line.",
+    help="Print all there is to say as JSON objects, one a line, on standard output: events, errors, and the "
+    "figures at the end.",
 )
 @click.option("--live", is_flag=True, help="Show the figures on the terminal while it runs.")
 def serve(
@@ -224,6 +260,7 @@ def serve(
     hosts: "tuple[str, ...]",
     port: int,
     unix: "tuple[str, ...]",
+    unix_mode: int | None,
     activated: bool,
     path: str,
     no_log: bool,
@@ -243,20 +280,29 @@ def serve(
     the log again after a rotation, SIGUSR1 prints the figures so far.
     """
     if live and (as_json or not sys.stderr.isatty()):
-        raise click.UsageError("--live needs standard error to be a terminal, without --json")
-    given = _check(model, options, keyboard, live)
-    serving.tell_events(verbose=verbose, as_json=as_json)
+        raise Refused("--live needs standard error to be a terminal, without --json")
+    if unix_mode is not None and not unix:
+        raise Refused("--unix-mode is of the socket files of --unix, and there are none")
+    if as_json and keyboard:
+        raise Refused("--keyboard prints what is typed on standard output, which is all JSON with --json")
+    if no_log:
+        _refuse_log_options()
+    given = _check(model, options, keyboard, live or as_json)
+    _name_processes()
+    if not as_json:
+        serving.tell_events(verbose=verbose)
     terminal()  # as it is at the start
     # From here on a signal is kept until the server takes it: none comes too early.
     with SelfPipe(taken_signals()), contextlib.ExitStack() as stack:
         if "service" in given:
             given["service"] = _service_class(given["service"])
-        listeners = [stack.enter_context(each) for each in _listeners(hosts, port, unix, activated)]
+        listeners = [
+            stack.enter_context(each) for each in _listeners(hosts, port, unix, activated, unix_mode)
+        ]
         log = None if no_log else _open_log(path, format, durability)
         server = _made(model, listeners, log, given)
-        for listener in listeners:
-            click.echo(f"listening on {listening.endpoint(listener)}")
-        click.echo("logging nothing" if log is None else f"logging to {path}")
+        _make_room(server)
+        serving.introduce(listeners, None if no_log else path, as_json=as_json)
         with serving.LiveView(server) if live else contextlib.nullcontext():
             _run(server, stop_timeout)
         stats = server.stats()
@@ -274,24 +320,63 @@ def _is_kept_by_a_thread() -> bool:
     return any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
 
 
-def _check(model: str, options: "dict[str, Any]", keyboard: bool | None, live: bool) -> "dict[str, Any]":
+def _refuse_log_options() -> None:
+    """With --no-log. It takes back a --log, of an alias perhaps; but these promise something of the log."""
+    context = click.get_current_context()
+    for name in ("durability", "format"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise Refused(f"--{name} says how to log, and --no-log that nothing is logged")
+
+
+def _name_processes() -> None:
+    """So that ps and top tell them apart: the supervisor, and what it forks in Python, its workers."""
+    _name_process("ipckit-serve")
+    os.register_at_fork(after_in_child=lambda: _name_process("ipckit-worker"))
+
+
+def _name_process(name: str) -> None:
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:  # no /proc: no name
+        comm.write(name)
+
+
+def _make_room(server: Server) -> None:
+    """Raise the soft RLIMIT_NOFILE to what that many connections need, and say if the hard one is lower.
+
+    Processes that a service starts inherit it: hardly any minds, but what calls select(2) must not be given
+    descriptors beyond 1,023, and gets them only if it opens so many.
+    """
+    wanted, _ = raise_descriptors(server.max_connections + _SPARE_DESCRIPTORS)
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if wanted > allowed != resource.RLIM_INFINITY:
+        event(
+            "limited",
+            "%d connections need %d descriptors, and the hard RLIMIT_NOFILE is %d: further ones wait; "
+            "raise it with ulimit -Hn %d (systemd: LimitNOFILE), or ask for fewer",
+            *(server.max_connections, wanted, allowed, wanted),
+            level=logging.WARNING,
+            needed=wanted,
+            allowed=allowed,
+        )
+
+
+def _check(model: str, options: "dict[str, Any]", keyboard: bool | None, quiet: bool) -> "dict[str, Any]":
     """Those that were given, for the class of *model*; a usage error names one that it lacks."""
     given = {name: value for name, value in options.items() if value is not None}
     known = server_class(model).options()
     if keyboard is None and "keyboard" in known:
-        keyboard = not live and os.isatty(0)
+        keyboard = not quiet and os.isatty(0)
     if keyboard is not None:
         given["keyboard"] = 0 if keyboard else None
     for name in given:
         if name not in known:
             having = ", ".join(other for other in MODELS if name in server_class(other).options())
             option = "--" + name.replace("_", "-")
-            raise click.UsageError(f"{option} is no option of the model {model}, only of {having or 'none'}")
+            raise Refused(f"{option} is no option of the model {model}, only of {having or 'none'}")
     return given
 
 
 def _listeners(
-    hosts: "tuple[str, ...]", port: int, unix: "tuple[str, ...]", activated: bool
+    hosts: "tuple[str, ...]", port: int, unix: "tuple[str, ...]", activated: bool, mode: int | None
 ) -> "Iterator[socket.socket]":
     """Open them one after the other."""
     if activated:
@@ -306,7 +391,7 @@ def _listeners(
         yield from at_host
     for path in unix:
         with one_line(path):
-            listener = listening.listen_unix(path)
+            listener = listening.listen_unix(path, **({} if mode is None else {"mode": mode}))
         yield listener
 
 
@@ -323,7 +408,7 @@ def _made(
     except (ValueError, ModuleNotFoundError) as error:
         if log is not None:
             log.close()
-        raise click.UsageError(str(error)) from None
+        raise Refused(str(error)) from None
 
 
 def _run(server: Server, stop_timeout: float) -> None:
@@ -362,7 +447,7 @@ def client(address: "tuple[str, ...]", unix: str | None) -> None:
         raise click.exceptions.Exit(128 + 2) from None
 
 
-@group.command()
+@group.command(epilog=examples("ipckit demo", "ipckit demo --clients 32 --messages 10000 -l /tmp/demo.txt"))
 @click.option(
     "--clients",
     type=click.IntRange(1, 64),

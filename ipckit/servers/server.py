@@ -147,6 +147,11 @@ class Server(Rooted):
         self.loop = self._new_loop()
         """what the server waits with; ``loop.every()`` is there for who runs it"""
 
+    @property
+    def max_connections(self) -> int:
+        """that are served at a time; each takes a descriptor of this process, its own or its child's"""
+        return self._max_connections
+
     @classmethod
     def options(cls) -> "dict[str, Any]":
         """What this model can be told by keyword, and the defaults."""
