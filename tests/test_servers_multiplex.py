@@ -400,10 +400,13 @@ def epoll_that_fails(tmp_path):
     return os.environ | {"LD_PRELOAD": str(library), "EPOLL_IS_FULL": str(full)}, full
 
 
-@pytest.mark.parametrize("model", ["epoll", "asyncio"])
-def test_a_client_that_can_not_be_watched_ends_alone(tmp_path, epoll_that_fails, model):
+# fork: the child of that client; libuv aborts its process.
+@pytest.mark.parametrize(
+    ("model", "end"), [("epoll", "no memory"), ("asyncio", "no memory"), ("fork", "killed")]
+)
+def test_a_client_that_can_not_be_watched_ends_alone(tmp_path, epoll_that_fails, model, end):
     environment, full = epoll_that_fails
-    options = ["--no-uvloop"] if model == "asyncio" else []  # libuv aborts its process
+    options = ["--no-uvloop"] if model == "asyncio" else []
     with Served(tmp_path / "log", "--json", *options, model=model, env=environment) as server:
         with server.connect() as first:
             for turn in (b"first", b"and watched"):  # by then
@@ -421,7 +424,7 @@ def test_a_client_that_can_not_be_watched_ends_alone(tmp_path, epoll_that_fails,
             assert half_close_and_drain(first) == b""
         code, _ = server.stop()
         ends = dict(server.events())["served"]["ends"]
-    assert (code, ends) == (0, {"done": 2, "no memory": 1})
+    assert (code, ends) == (0, {"done": 2, end: 1})
 
 
 def test_a_warning_hides_no_other(caplog):

@@ -80,8 +80,13 @@ class ForkServer(Server):
         if child is None:  # it is tried again after the pause
             return
         connection = Connection(self._terms, self._native, None)
-        self._clients[self._reaper.add(child)] = (connection.number, connection.peer)
+        number, peer = connection.number, connection.peer
         self._started(connection)
+        if self._adopt(self._reaper, child):
+            self._clients[child] = (number, peer)
+        else:
+            self._killed += 1
+            self._ended(number, peer, "killed")
         self._let_go()
 
     def _start_child(self) -> Child:

@@ -130,15 +130,17 @@ class PreforkServer(Server):
             self._backoff.forgives(self._served(), self._newest.born)
         return not self._backoff.holds()
 
-    def _start_worker(self) -> Worker:
+    def _start_worker(self) -> Worker | None:
         self._grew = time.monotonic()
         assert self._maker is not None
-        self._newest = worker = self._maker.make(self._grew)
-        self._pool[worker.child] = worker
+        worker = self._maker.make(self._grew)
+        if not self._adopt(self._reaper, worker.child):
+            self._board.free(worker.index)
+            return None
+        self._newest = self._pool[worker.child] = worker
         self._owed = max(0, self._owed - 1)
         if self._backoff.crashes:  # the next one when this one has proved of use, or has had its time
             self.loop.after(self._backoff.hold(), self._listen)
-        self._reaper.add(worker.child)
         return worker
 
     def _shrink(self) -> None:

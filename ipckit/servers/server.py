@@ -344,6 +344,15 @@ class Server(Rooted):
 
     # --- children
 
+    def _adopt(self, reaper: Reaper, child: Child) -> bool:
+        """Have *reaper* wait for it; False if no more can be watched: then it has been ended."""
+        if self._try("wait for a child", lambda: reaper.add(child)):
+            return True
+        child.kill()
+        child.wait()
+        child.close()
+        return False
+
     def _end_children(self, reaper: Reaper, deadline: float) -> None:
         """Have them answer what has come, and end; kill those that have not at *deadline*."""
         reaper.send_signal(signal.SIGTERM)
