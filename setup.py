@@ -6,7 +6,17 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-PROGRAM = ["connection", "messagelog", "prefork", "process", "sockets", "spawner", "spawner_main", "wait"]
+PROGRAM = [
+    "connection",
+    "messagelog",
+    "messagelog_logger",
+    "prefork",
+    "process",
+    "sockets",
+    "spawner",
+    "spawner_main",
+    "wait",
+]
 ROOMS = ["lock", "posix", "process", "queues", "ring", "sync", "wait"]
 
 hot = Extension(

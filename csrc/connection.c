@@ -216,7 +216,6 @@ static int log_piece(ik_connection *c) {
     if (rc == -ETIMEDOUT && !c->blocking && !expired)
         return c->append.full ? IK_STEP_LOG : IK_STEP_ACK;
     if (rc < 0) {
-        ik_log_abandon(c->log, &c->append);
         return ik_connection_abort(c, expired ? expired : IK_END_LOG_FAILED);
     }
     set(&c->state, ANSWERING);

@@ -1,72 +1,17 @@
 /* SPDX-License-Identifier: MIT */
 #include "messagelog.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <linux/sockios.h>
 #include <poll.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
-#include "process.h"
-#include "sockets.h"
-#include "wait.h"
-
-/* No internal wait is longer than this before it looks again whether it still makes sense. */
-enum { SLICE_NS = 100000000, MOVE_MAX = 1 << 20, SMALL_MOVE = 1 << 15, MOMENT_NS = 1000000 };
-
-struct ik_log_shared {
-    pthread_mutex_t lock; /* robust, process-shared: one message at a time */
-    /* Under the lock; in_message says that a message longer than PIPE_BUF is partly in the pipe. */
-    _Atomic uint32_t in_message;
-    _Atomic uint32_t torn;
-    _Atomic uint64_t messages;
-    _Atomic uint64_t bytes;
-    /* Acknowledgements: writers count asked up after their write, the logger sets done to the value
-     * of asked that it read before it emptied the pipe. */
-    _Atomic uint32_t asked;
-    _Atomic uint32_t done;
-    /* An event loop wants acked to be rung when done changes, when the lock is free. */
-    _Atomic uint32_t awaits_done;
-    _Atomic uint32_t awaits_lock;
-    /* How many files came after the first, and the number of the open offer of one, or 0: one word,
-     * because a file is taken if and only if its offer is still open. */
-    _Atomic uint64_t turn;
-    _Atomic uint32_t offers;
-    _Atomic uint32_t split;
-    /* The logger's. */
-    _Atomic uint64_t moved;
-    _Atomic int error;
-    /* The last file of which fdatasync failed, and its errno; 0: it never did. */
-    _Atomic uint64_t unsynced;
-};
-
-/* What comes with an offered file. */
-typedef struct offer {
-    uint32_t number;
-    int64_t until_ns;
-} offer;
-
-/* Two numbers in one word. */
-static uint64_t pair(uint32_t high, uint32_t low) {
-    return (uint64_t)high << 32 | low;
-}
-
-static uint32_t high(uint64_t word) {
-    return (uint32_t)(word >> 32);
-}
-
-static uint32_t low(uint64_t word) {
-    return (uint32_t)word;
-}
+#include "messagelog_impl.h"
 
 size_t ik_log_shared_size(void) {
     return sizeof(ik_log_shared);
@@ -79,16 +24,6 @@ ik_log_shared *ik_log_map(int memory) {
 
 void ik_log_unmap(ik_log_shared *shared) {
     munmap(shared, sizeof *shared);
-}
-
-int ik_log_shared_init(ik_log_shared *shared) {
-    pthread_mutexattr_t attributes;
-    pthread_mutexattr_init(&attributes);
-    pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
-    pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
-    int rc = pthread_mutex_init(&shared->lock, &attributes);
-    pthread_mutexattr_destroy(&attributes);
-    return -rc;
 }
 
 /* --- the record line ---------------------------------------------------------------------------*/
@@ -227,173 +162,29 @@ size_t ik_log_format_record(char *line, const void *data, size_t len, const char
 
 /* --- writers -----------------------------------------------------------------------------------*/
 
-static int64_t earlier(int64_t deadline_ns, int64_t other_ns) {
-    return deadline_ns == IK_FOREVER || deadline_ns > other_ns ? other_ns : deadline_ns;
-}
-
-/* -EINTR after a slice, so that the caller's signal handlers get their turn. */
-static int lock(ik_log_shared *shared, int64_t deadline_ns) {
-    int rc = pthread_mutex_trylock(&shared->lock);
-    if (rc == EBUSY) {
-        int64_t now = ik_wait_now();
-        int64_t until = earlier(deadline_ns, now + SLICE_NS);
-        if (until < now)
-            return -ETIMEDOUT;
-        struct timespec at = {until / 1000000000, until % 1000000000};
-        rc = pthread_mutex_clocklock(&shared->lock, CLOCK_MONOTONIC, &at);
-        if (rc == ETIMEDOUT)
-            return until == deadline_ns ? -ETIMEDOUT : -EINTR;
-    }
-    if (rc == EOWNERDEAD) /* in_message says whether the dead one left something to mend */
-        rc = pthread_mutex_consistent(&shared->lock);
-    return -rc;
-}
-
-static void ring(const ik_log *log) {
-    uint64_t one = 1;
-    ssize_t ignored = log->acked < 0 ? 0 : write(log->acked, &one, sizeof one);
-    (void)ignored; /* EAGAIN: it is readable as it is */
-}
-
 /* Ask to be rung; then look once more, because it may have happened just before. */
-static int watch(const ik_log *log, _Atomic uint32_t *awaits) {
+static int watch(const ik_log *log) {
     if (log->acked < 0)
         return 0;
-    atomic_store_explicit(awaits, 1, memory_order_relaxed);
+    atomic_store_explicit(&log->shared->awaits_done, 1, memory_order_relaxed);
     /* The request must be seen before that look, as ring_whom's change before its look. */
     atomic_thread_fence(memory_order_seq_cst);
     return 1;
-}
-
-static void ring_whom(const ik_log *log, _Atomic uint32_t *awaits) {
-    atomic_thread_fence(memory_order_seq_cst);
-    if (atomic_load_explicit(awaits, memory_order_relaxed) && log->acked >= 0 &&
-        atomic_exchange_explicit(awaits, 0, memory_order_relaxed))
-        ring(log);
-}
-
-static void unlock(const ik_log *log) {
-    pthread_mutex_unlock(&log->shared->lock);
-    ring_whom(log, &log->shared->awaits_lock);
-}
-
-/* End the torn message that a dead writer left, so that the next line starts on a line of its own.
- */
-static int mend(ik_log *log) {
-    ik_log_shared *shared = log->shared;
-    if (!atomic_load_explicit(&shared->in_message, memory_order_relaxed))
-        return 0;
-    if (log->format == IK_LOG_RECORD && write(log->writer, "\n", 1) < 0)
-        return -errno;
-    atomic_fetch_add_explicit(&shared->torn, 1, memory_order_relaxed);
-    atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
-    return 0;
-}
-
-/* Under the lock: no locked instruction is needed, only that a reader sees no half of it. */
-static void add(_Atomic uint64_t *counter, uint64_t n) {
-    uint64_t now = atomic_load_explicit(counter, memory_order_relaxed);
-    atomic_store_explicit(counter, now + n, memory_order_relaxed);
-}
-
-/* One attempt, lock held: what can be written now is. 0 when the message is whole in the pipe. */
-static int write_some(ik_log *log, ik_append *append) {
-    ik_log_shared *shared = log->shared;
-    if (append->sent == 0) {
-        int rc = mend(log);
-        if (rc < 0)
-            return rc;
-        /* The lock orders it: our bytes go into this file, unless the switch is a split one. */
-        append->file = high(atomic_load_explicit(&shared->turn, memory_order_relaxed));
-    }
-    if (append->len > PIPE_BUF)
-        atomic_store_explicit(&shared->in_message, 1, memory_order_relaxed);
-    while (append->sent < append->len) {
-        ssize_t n = write(log->writer, (const char *)append->data + append->sent,
-                          append->len - append->sent);
-        if (n < 0) {
-            if (append->sent == 0)
-                atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
-            return -errno;
-        }
-        append->sent += (size_t)n;
-    }
-    atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
-    add(&shared->messages, 1);
-    add(&shared->bytes, append->len);
-    return 0;
-}
-
-/* A logger that is about to change the file needs the lock once. Those who ask for it all the time
- * would let it wait for long, because the kernel wakes in turn and the logger can't stay in line.
- */
-static void let_logger_go_first(const ik_log *log) {
-    const struct timespec moment = {0, MOMENT_NS};
-    if (low(atomic_load_explicit(&log->shared->turn, memory_order_relaxed)))
-        nanosleep(&moment, NULL);
-}
-
-static int lock_for(ik_log *log, ik_append *append, int64_t deadline_ns) {
-    if (deadline_ns != IK_NOW)
-        let_logger_go_first(log);
-    int rc = lock(log->shared, deadline_ns);
-    if (rc == -ETIMEDOUT && deadline_ns == IK_NOW && watch(log, &log->shared->awaits_lock))
-        rc = lock(log->shared, IK_NOW);
-    append->locked = rc == 0;
-    return rc;
-}
-
-static void unlock_for(ik_log *log, ik_append *append) {
-    append->locked = 0;
-    unlock(log);
-}
-
-/* Bring the message into the pipe. The lock is kept between calls only in the middle of a message.
- */
-static int write_whole(ik_log *log, ik_append *append, int64_t deadline_ns) {
-    for (;;) {
-        append->full = 0;
-        int rc = append->locked ? 0 : lock_for(log, append, deadline_ns);
-        if (rc < 0)
-            return rc;
-        rc = write_some(log, append);
-        if (append->sent == 0 || append->sent == append->len)
-            unlock_for(log, append);
-        if (rc != -EAGAIN)
-            return rc;
-        append->full = 1;
-        rc = ik_wait_fd(log->writer, POLLOUT, deadline_ns);
-        if (rc < 0)
-            return rc;
-    }
-}
-
-static void futex_wake_all(_Atomic uint32_t *word) {
-    syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
 static int reader_is_gone(const ik_log *log) {
     return ik_wait_fd(log->writer, 0, IK_NOW) > 0; /* POLLERR, asked for or not */
 }
 
-/* 1 if our bytes are as durable as promised, 0 if not yet, or -errno. */
-static int is_done(const ik_log *log, const ik_append *append, uint32_t *ret_done) {
-    /* Acquire: with done, all that the logger stored before it is seen. */
-    *ret_done = atomic_load_explicit(&log->shared->done, memory_order_acquire);
-    uint64_t unsynced = atomic_load_explicit(&log->shared->unsynced, memory_order_relaxed);
-    if (unsynced && (int32_t)(append->file - high(unsynced)) <= 0)
-        return -(int)low(unsynced);
-    return (int32_t)(*ret_done - append->ticket) >= 0;
-}
-
-/* Sleep until done reaches our ticket. A slice at the most: the logger that wakes us may be killed
+/* Sleep until done reaches the ticket. A slice at the most: the logger that wakes us may be killed
  * between its store and its wake. */
-static int await_done(ik_log *log, const ik_append *append, int64_t deadline_ns) {
+static int await_ticket(ik_log *log, uint32_t ticket, int64_t deadline_ns) {
     ik_log_shared *shared = log->shared;
-    for (uint32_t done;;) {
-        int rc = is_done(log, append, &done);
-        if (rc != 0)
-            return rc < 0 ? rc : 0;
+    for (;;) {
+        /* Acquire: with done, all that the logger stored before it is seen. */
+        uint32_t done = atomic_load_explicit(&shared->done, memory_order_acquire);
+        if ((int32_t)(done - ticket) >= 0)
+            return 0;
         int64_t now = ik_wait_now(), until = earlier(deadline_ns, now + SLICE_NS);
         if (until <= now)
             return -ETIMEDOUT;
@@ -407,43 +198,144 @@ static int await_done(ik_log *log, const ik_append *append, int64_t deadline_ns)
     }
 }
 
-/* The time is up: -ETIMEDOUT, or what came in the last moment. Only a loop wants to be rung. */
-static int give_time_up(ik_log *log, const ik_append *append, int64_t deadline_ns) {
+/* Until the logger has acknowledged the ticket; -ETIMEDOUT when the time is up, unless it came in
+ * the last moment. Only a loop wants to be rung. */
+static int await_done(ik_log *log, uint32_t ticket, int64_t deadline_ns) {
+    int rc = await_ticket(log, ticket, deadline_ns);
+    if (rc != -ETIMEDOUT)
+        return rc;
     if (reader_is_gone(log))
         return -EPIPE;
-    if (deadline_ns == IK_NOW && watch(log, &log->shared->awaits_done))
-        return await_done(log, append, IK_NOW);
-    return -ETIMEDOUT;
+    return deadline_ns == IK_NOW && watch(log) ? await_ticket(log, ticket, IK_NOW) : -ETIMEDOUT;
+}
+
+static int ask(ik_log *log, ik_append *append) {
+    /* Release: a logger that reads this value finds our bytes in the pipe, or past it. */
+    append->ticket = atomic_fetch_add_explicit(&log->shared->asked, 1, memory_order_release) + 1;
+    uint64_t one = 1;
+    return write(log->wake, &one, sizeof one) < 0 && errno != EAGAIN ? -errno : 0;
+}
+
+/* Whether a long message that came before us is not moved yet: the kernel's count of what lies in
+ * the socket, which is right whoever is killed. No call where all messages are short. */
+static int is_behind(const ik_log *log) {
+    int queued;
+    /* Relaxed: if its append() returned before ours began, that has been seen to by whatever told.
+     */
+    return atomic_load_explicit(&log->shared->handed, memory_order_relaxed) != 0 &&
+           ioctl(log->hand, SIOCOUTQ, &queued) == 0 && queued > 0;
+}
+
+/* Long and short messages come by two ways, so what comes after a long one waits until that has
+ * been moved: one sender's messages stay in order, and of long ones few lie in memory. */
+static int let_long_pass(ik_log *log, ik_append *append, int64_t deadline_ns) {
+    if (!append->behind) {
+        if (append->passed || !is_behind(log))
+            return 0;
+        int rc = ask(log, append);
+        if (rc < 0)
+            return rc;
+        append->behind = 1;
+    }
+    int rc = await_done(log, append->ticket, deadline_ns);
+    if (rc == 0) {
+        append->behind = 0;
+        append->passed = 1; /* or others could hold us up for ever */
+    }
+    return rc;
+}
+
+/* 0, 1 and 2 may be closed, but others write there all the same. */
+static int above_standard(int fd) {
+    if (fd < 0 || fd > 2)
+        return fd < 0 ? -errno : fd;
+    int moved = fcntl(fd, F_DUPFD_CLOEXEC, 3), rc = moved < 0 ? -errno : moved;
+    close(fd);
+    return rc;
+}
+
+static int fill(int file, const char *data, size_t len) {
+    for (size_t done = 0; done < len;) {
+        ssize_t n = pwrite(file, data + done, len - done, (off_t)done);
+        if (n < 0 && errno != EINTR)
+            return -errno;
+        done += n < 0 ? 0 : (size_t)n;
+    }
+    return 0;
+}
+
+/* A message longer than PIPE_BUF goes in one packet, or not at all, and not piece by piece. */
+static int hand_over(ik_log *log, const ik_append *append) {
+    int file = above_standard(memfd_create("ipckit-message", MFD_CLOEXEC));
+    if (file < 0)
+        return file;
+    int64_t rc = fill(file, append->data, append->len);
+    if (rc == 0) {
+        /* Release, and before it is sent: who finds the packet finds the number too. */
+        atomic_fetch_add_explicit(&log->shared->handed, 1, memory_order_release);
+        rc = ik_sockets_send_fds(log->hand, ".", 1, &file, 1, IK_NOW);
+    }
+    close(file);
+    if (rc == -ECONNRESET) /* what was in the socket is lost with its last reader */
+        rc = -EPIPE;
+    return rc == -ETIMEDOUT ? -EAGAIN : rc < 0 ? (int)rc : 0;
+}
+
+/* One attempt. Of what is not longer than PIPE_BUF the kernel takes all or nothing. */
+static int put(ik_log *log, ik_append *append) {
+    ik_log_shared *shared = log->shared;
+    /* Before: if the file changes meanwhile, we blame our message on the old one, whose fdatasync
+     * may have failed, and do not praise it for the new one. */
+    append->file = high(atomic_load_explicit(&shared->turn, memory_order_acquire));
+    if (append->len > PIPE_BUF) {
+        int rc = hand_over(log, append);
+        if (rc < 0)
+            return rc;
+    } else if (write(log->writer, append->data, append->len) < 0)
+        return -errno;
+    append->appended = 1;
+    atomic_fetch_add_explicit(&shared->messages, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&shared->bytes, append->len, memory_order_relaxed);
+    return 0;
+}
+
+static int put_whole(ik_log *log, ik_append *append, int64_t deadline_ns) {
+    for (;;) {
+        append->full = 0;
+        int rc = let_long_pass(log, append, deadline_ns);
+        if (rc == 0)
+            rc = put(log, append);
+        if (rc != -EAGAIN)
+            return rc;
+        append->full = append->len <= PIPE_BUF;
+        append->passed = append->full; /* a long one: others are in its way again */
+        rc = append->full ? ik_wait_fd(log->writer, POLLOUT, deadline_ns) : 0;
+        if (rc < 0)
+            return rc;
+    }
+}
+
+/* -errno if the promise about the file that our message went to can't be kept. */
+static int sync_failed(const ik_log *log, const ik_append *append) {
+    uint64_t unsynced = atomic_load_explicit(&log->shared->unsynced, memory_order_relaxed);
+    return unsynced && (int32_t)(append->file - high(unsynced)) <= 0 ? -(int)low(unsynced) : 0;
 }
 
 int ik_log_append(ik_log *log, ik_append *append, int64_t deadline_ns) {
+    int rc = append->appended ? 0 : put_whole(log, append, deadline_ns);
+    if (rc < 0 || log->durability == IK_LOG_NONE)
+        return rc;
     if (!append->asked) {
-        int rc = write_whole(log, append, deadline_ns);
-        if (rc < 0 || log->durability == IK_LOG_NONE)
+        rc = ask(log, append);
+        if (rc < 0)
             return rc;
-        /* Release: a logger that reads this value finds our bytes in the pipe, or past it. */
-        append->ticket =
-            atomic_fetch_add_explicit(&log->shared->asked, 1, memory_order_release) + 1;
         append->asked = 1;
-        uint64_t one = 1;
-        if (write(log->wake, &one, sizeof one) < 0 && errno != EAGAIN)
-            return -errno;
     }
     append->full = 0;
-    int rc = await_done(log, append, deadline_ns);
-    return rc == -ETIMEDOUT ? give_time_up(log, append, deadline_ns) : rc;
-}
-
-void ik_log_abandon(ik_log *log, ik_append *append) {
-    if (append->locked)
-        unlock_for(log, append); /* in_message stays set: the next writer mends */
-}
-
-/* Of the file in use: with another one the disk has another chance. */
-static int sync_error(const ik_log_shared *shared) {
-    uint64_t unsynced = atomic_load_explicit(&shared->unsynced, memory_order_relaxed);
-    uint64_t turn = atomic_load_explicit(&shared->turn, memory_order_relaxed);
-    return high(unsynced) == high(turn) ? (int)low(unsynced) : 0;
+    rc = sync_failed(log, append);
+    if (rc == 0)
+        rc = await_done(log, append->ticket, deadline_ns);
+    return rc == 0 ? sync_failed(log, append) : rc;
 }
 
 void ik_log_read_counters(const ik_log *log, ik_log_counters *ret_counters) {
@@ -451,302 +343,60 @@ void ik_log_read_counters(const ik_log *log, ik_log_counters *ret_counters) {
     *ret_counters = (ik_log_counters){
         .messages = atomic_load_explicit(&shared->messages, memory_order_relaxed),
         .bytes = atomic_load_explicit(&shared->bytes, memory_order_relaxed),
-        .moved = atomic_load_explicit(&shared->moved, memory_order_relaxed),
-        .torn = atomic_load_explicit(&shared->torn, memory_order_relaxed),
         .error = atomic_load_explicit(&shared->error, memory_order_relaxed),
         .sync_error = sync_error(shared),
-        .files = high(atomic_load_explicit(&shared->turn, memory_order_relaxed)),
         .split = atomic_load_explicit(&shared->split, memory_order_relaxed),
     };
 }
 
-int64_t ik_log_backlog(const ik_log *log) {
-    int queued;
-    return ioctl(log->reader, FIONREAD, &queued) < 0 ? -errno : queued;
-}
-
 /* --- the supervisor ----------------------------------------------------------------------------*/
 
-/* What an earlier offer left in the socket, because its logger was killed. */
-static void drop_stale(const ik_log *log) {
-    offer stale;
-    ik_sockets_fds came;
-    char answer;
-    while (ik_sockets_recv_fds(log->told, &stale, sizeof stale, &came, 1, IK_NOW) > 0)
-        while (came.count > 0)
-            close(came.fd[--came.count]);
-    while (ik_sockets_recv(log->tell, &answer, sizeof answer, 0, IK_NOW) > 0)
-        ;
+/* The pipe is asked, as a count of the writers' would lack what those did not count that were
+ * killed. Its mutex is never held over a disk; that of the second one is, so that is counted. */
+int64_t ik_log_backlog(const ik_log *log) {
+    char mark;
+    int64_t queued = queued_in(log->reader);
+    int file = peek_file(log->handed, &mark, sizeof mark);
+    if (file >= 0) {
+        queued += rest_of(file);
+        close(file);
+    }
+    return queued < 0 ? queued
+                      : queued + atomic_load_explicit(&log->shared->staged, memory_order_relaxed);
+}
+
+int ik_log_park(ik_log *log, int file) {
+    packet first = {0};
+    return send_file(log->park, &first, file);
 }
 
 int ik_log_offer(ik_log *log, int file, int64_t until_ns) {
     ik_log_shared *shared = log->shared;
-    uint32_t files = ik_log_withdraw(log);
-    drop_stale(log);
-    offer one = {.until_ns = until_ns};
+    uint32_t in_use = ik_log_withdraw(log);
+    packet one;
+    memset(&one, 0, sizeof one); /* the padding too */
+    one.until_ns = until_ns;
     while (one.number == 0) /* a number of its own, so that a late logger can't mistake it */
         one.number = atomic_fetch_add_explicit(&shared->offers, 1, memory_order_relaxed) + 1;
-    atomic_store_explicit(&shared->turn, pair(files, one.number), memory_order_relaxed);
-    int64_t n = ik_sockets_send_fds(log->tell, &one, sizeof one, &file, 1, IK_NOW);
-    return n < 0 ? (int)n : 0;
+    atomic_store_explicit(&shared->turn, pair(in_use, one.number), memory_order_relaxed);
+    return send_file(log->tell, &one, file);
 }
 
 uint32_t ik_log_withdraw(ik_log *log) {
     _Atomic uint64_t *turn = &log->shared->turn;
-    /* Acquire: who learns of the switch sees what went before it. */
-    uint64_t now = atomic_load_explicit(turn, memory_order_acquire);
+    uint64_t now = atomic_load_explicit(turn, memory_order_relaxed);
     while (low(now) != 0 &&
            !atomic_compare_exchange_weak_explicit(turn, &now, pair(high(now), 0),
-                                                  memory_order_acquire, memory_order_acquire))
+                                                  memory_order_relaxed, memory_order_relaxed))
         ;
-    return high(now);
+    return ik_log_in_use(log);
 }
 
-/* --- the logger --------------------------------------------------------------------------------*/
-
-/* The file system can't splice. */
-static int copying;
-
-/* Full disk, quota, file size limit, I/O error: wait and try again; the pipe keeps the rest and
- * makes the writers wait. */
-static void pause_for(ik_log *log, int error, int64_t until_ns) {
-    atomic_store_explicit(&log->shared->error, error, memory_order_relaxed);
-    int64_t now = ik_wait_now(), left = earlier(until_ns, now + SLICE_NS) - now;
-    struct timespec slice = {0, left > 0 ? left : 0};
-    nanosleep(&slice, NULL);
-}
-
-/* Where the file system can't splice, bytes pass through here, and a kill between the read and the
- * write loses them. */
-static int64_t copy_some(ik_log *log, size_t most) {
-    char block[65536];
-    ssize_t n = read(log->reader, block, most < sizeof block ? most : sizeof block);
-    for (ssize_t done = 0; done < n;) {
-        ssize_t w = write(log->file, block + done, (size_t)(n - done));
-        if (w < 0)
-            pause_for(log, errno, IK_FOREVER);
-        else
-            done += w;
-    }
-    return n < 0 ? -errno : n;
-}
-
-/* Move up to most bytes to the end of the file: bytes moved, 0 at end of file, or -errno. */
-static int64_t move_some(ik_log *log, size_t most) {
-    /* The end, each time: somebody may have truncated the file to rotate it. */
-    if (lseek(log->file, 0, SEEK_END) < 0)
-        return -errno;
-    int64_t n = copying ? copy_some(log, most)
-                        : splice(log->reader, NULL, log->file, NULL, most, SPLICE_F_MOVE);
-    if (n < 0 && !copying && errno == EINVAL) {
-        copying = 1;
-        return move_some(log, most);
-    }
-    if (n < 0)
-        return copying ? n : -errno;
-    if (n > 0) {
-        atomic_fetch_add_explicit(&log->shared->moved, (uint64_t)n, memory_order_relaxed);
-        atomic_store_explicit(&log->shared->error, 0, memory_order_relaxed);
-    }
-    return n;
-}
-
-static void sync_file(ik_log *log) {
-    /* EINVAL: such a file has nothing to sync. */
-    if (fdatasync(log->file) == 0 || errno == EINVAL)
-        return;
-    /* The kernel may have dropped the dirty pages and would say "fine" next time: the first failure
-     * is the last word on this file. */
-    uint32_t file = high(atomic_load_explicit(&log->shared->turn, memory_order_relaxed));
-    if (!sync_error(log->shared))
-        atomic_store_explicit(&log->shared->unsynced, pair(file, (uint32_t)errno),
-                              memory_order_relaxed);
-}
-
-/* --- the logger goes over to another file ------------------------------------------------------*/
-
-static int is_open(const ik_log *log, const offer *offered) {
-    return low(atomic_load_explicit(&log->shared->turn, memory_order_relaxed)) == offered->number;
-}
-
-static int is_over(int64_t deadline_ns) {
-    return deadline_ns != IK_FOREVER && ik_wait_now() >= deadline_ns;
-}
-
-/* Move what is queued, if anything; if that can't be, pause. */
-static void move_queued(ik_log *log, int64_t until_ns) {
-    int64_t n = ik_log_backlog(log) > 0 ? move_some(log, MOVE_MAX) : 0;
-    if (n < 0 && n != -EAGAIN && n != -EINTR)
-        pause_for(log, (int)-n, until_ns);
-}
-
-/* Keep writers out. Who is in the middle of a long message needs room in the pipe to leave it. */
-static int shut_out_writers(ik_log *log, const offer *offered) {
-    while (lock(log->shared, earlier(offered->until_ns, ik_wait_now() + MOMENT_NS)) < 0) {
-        if (is_over(offered->until_ns) || !is_open(log, offered))
-            return 0;
-        move_queued(log, offered->until_ns);
-    }
-    return 1;
-}
-
-/* The last message's writer was killed in its middle: end the line here, not in the next file. */
-static void mend_file(ik_log *log) {
-    ik_log_shared *shared = log->shared;
-    if (!atomic_load_explicit(&shared->in_message, memory_order_relaxed))
-        return;
-    if (log->format == IK_LOG_RECORD &&
-        (lseek(log->file, 0, SEEK_END) < 0 || write(log->file, "\n", 1) != 1))
-        return; /* the next writer mends */
-    atomic_fetch_add_explicit(&shared->torn, 1, memory_order_relaxed);
-    atomic_store_explicit(&shared->in_message, 0, memory_order_relaxed);
-}
-
-/* Between two messages: writers are out, the pipe is empty. 0 if the time or the offer is over. */
-static int reach_boundary(ik_log *log, const offer *offered) {
-    if (!shut_out_writers(log, offered))
-        return 0;
-    while (ik_log_backlog(log) > 0) {
-        if (is_over(offered->until_ns) || !is_open(log, offered)) {
-            unlock(log);
-            return 0;
-        }
-        move_queued(log, offered->until_ns);
-    }
-    mend_file(log);
-    return 1;
-}
-
-/* The offer is taken in one instant, under the lock and with the old file finished. A logger killed
- * before leaves the old one in use, one killed after it the new one, and no byte is between. */
-static int take(ik_log *log, const offer *offered) {
-    uint64_t now = atomic_load_explicit(&log->shared->turn, memory_order_relaxed);
-    return low(now) == offered->number &&
-           atomic_compare_exchange_strong_explicit(&log->shared->turn, &now, pair(high(now) + 1, 0),
-                                                   memory_order_release, memory_order_relaxed);
-}
-
-static void switch_file(ik_log *log, int file, const offer *offered) {
-    int locked = reach_boundary(log, offered);
-    if (log->durability == IK_LOG_SYNCED)
-        sync_file(log); /* whose bytes are here may ask only when the next file is in use */
-    if (take(log, offered)) {
-        dup3(file, log->file, O_CLOEXEC);
-        copying = 0;
-        atomic_store_explicit(&log->shared->error, 0, memory_order_relaxed);
-        atomic_fetch_add_explicit(&log->shared->split, !locked, memory_order_relaxed);
-    }
-    if (locked)
-        unlock(log);
-}
-
-/* Look whether a file is offered; end of file: the supervisor is gone. */
-static void look_for_offer(ik_log *log) {
-    offer offered;
-    ik_sockets_fds came = {0};
-    if (log->told < 0)
-        return;
-    int64_t n = ik_sockets_recv_fds(log->told, &offered, sizeof offered, &came, 1, IK_NOW);
-    if (n == 0) {
-        log->told = -1;
-        ik_log_withdraw(log); /* one that was opened and not sent */
-    }
-    if (n == sizeof offered && came.count == 1) {
-        switch_file(log, came.fd[0], &offered);
-        ik_sockets_send(log->told, ".", 1, 0, IK_NOW);
-    }
-    while (came.count > 0)
-        close(came.fd[--came.count]);
-}
-
-/* --- the logger's work -------------------------------------------------------------------------*/
-
-/* Move. 0 at end of file; negative when there is nothing now, or nothing can be written now. */
-static int64_t move(ik_log *log, size_t most) {
-    int64_t n = move_some(log, most);
-    if (n >= 0 || n == -EAGAIN || n == -EINTR)
-        return n;
-    pause_for(log, (int)-n, IK_FOREVER);
-    return n;
-}
-
-static int somebody_asked(ik_log *log) {
-    return atomic_load_explicit(&log->shared->asked, memory_order_acquire) !=
-           atomic_load_explicit(&log->shared->done, memory_order_relaxed);
-}
-
-/* Acknowledge: all that was in the pipe when asked was read is moved, then done says so. */
-static void acknowledge(ik_log *log) {
-    /* Acquire: the bytes of every writer counted in asked are in the pipe already. */
-    uint32_t asked = atomic_load_explicit(&log->shared->asked, memory_order_acquire);
-    for (int64_t queued = ik_log_backlog(log), n; queued > 0; queued -= n) {
-        n = move(log, (size_t)queued);
-        if (n == 0)
-            break;
-        if (n < 0) {
-            look_for_offer(log); /* of a file on a disk that is not full; may move some */
-            int64_t left = ik_log_backlog(log);
-            n = left < queued ? queued - left : 0;
-        }
-    }
-    if (log->durability == IK_LOG_SYNCED)
-        sync_file(log);
-    /* Release: whoever sees done sees sync_error too. */
-    atomic_store_explicit(&log->shared->done, asked, memory_order_release);
-    futex_wake_all(&log->shared->done);
-    ring_whom(log, &log->shared->awaits_done);
-}
-
-/* Wait for bytes, the end of the last writer, somebody who asks or an offer, which is seen to: what
- * poll says of the pipe. */
-static int await_work(ik_log *log) {
-    struct pollfd all[] = {{.fd = log->reader, .events = POLLIN},
-                           {.fd = log->wake, .events = POLLIN},
-                           {.fd = log->told, .events = POLLIN}};
-    uint64_t drained;
-    if (poll(all, 3, -1) < 0)
-        return 0;
-    if (all[2].revents) {
-        look_for_offer(log); /* and the pipe may be empty now */
-        return 0;
-    }
-    /* Drained before asked is read again, so a later asker makes it readable again. */
-    if (all[1].revents && read(log->wake, &drained, sizeof drained) < 0)
-        return 0;
-    return all[0].revents;
-}
-
-/* Never sleeps but in await_work: an asker whose bytes are moved already sends no more of them.
- * But where nobody asks, it waits a moment after a small move for more to come: to be woken for
- * each message would cost the writers' processor more than the writes do. */
-static void run(ik_log *log) {
-    const struct timespec moment = {0, MOMENT_NS};
-    for (;;) {
-        if (somebody_asked(log))
-            acknowledge(log);
-        int ready = await_work(log);
-        int64_t n = ready & POLLIN ? move(log, MOVE_MAX) : 0;
-        if (log->durability == IK_LOG_NONE && n > 0 && n < SMALL_MOVE)
-            nanosleep(&moment, NULL);
-        if (!(ready & POLLIN) && ready & POLLHUP)
-            return;
-    }
-}
-
-static void ignore_what_is_meant_for_others(void) {
-    /* A terminal's Ctrl-C and a group's SIGTERM reach the logger too, but it is the last to leave:
-     * it ends when the last writer has gone. */
-    const int ignored[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGXFSZ, SIGUSR1, SIGUSR2};
-    for (size_t i = 0; i < sizeof ignored / sizeof *ignored; i++)
-        signal(ignored[i], SIG_IGN);
-}
-
-int ik_log_run(void *argument) {
-    ik_log *log = argument;
-    ignore_what_is_meant_for_others();
-    ik_process_unblock();
-    ring(log); /* the one before may have been killed before it could */
-    run(log);
-    sync_file(log);
-    return sync_error(log->shared);
+uint32_t ik_log_in_use(ik_log *log) {
+    char answer;
+    while (log->tell >= 0 && ik_sockets_recv(log->tell, &answer, sizeof answer, 0, IK_NOW) > 0)
+        ;
+    /* After that: an answer that is gone is of a switch that is seen. Acquire: with all before it.
+     */
+    return high(atomic_load_explicit(&log->shared->turn, memory_order_acquire));
 }

@@ -141,15 +141,15 @@ static int complete(int msg_flags, int count, int max) {
     return 0;
 }
 
-int64_t ik_sockets_recv_fds(int fd, void *ret_data, size_t size, ik_sockets_fds *ret_fds, int max,
-                            int64_t deadline_ns) {
+static int64_t recv_fds(int fd, void *ret_data, size_t size, ik_sockets_fds *ret_fds, int max,
+                        int flags, int64_t deadline_ns) {
     control c;
     struct iovec iov = {.iov_base = ret_data, .iov_len = size};
     struct msghdr message = {.msg_iov = &iov,
                              .msg_iovlen = 1,
                              .msg_control = &c,
                              .msg_controllen = OPTIONS_ROOM + CMSG_LEN(max * sizeof(int))};
-    int64_t n = recv_message(fd, &message, MSG_CMSG_CLOEXEC, deadline_ns);
+    int64_t n = recv_message(fd, &message, flags | MSG_CMSG_CLOEXEC, deadline_ns);
     if (n < 0)
         return n;
     collect(&message, ret_fds);
@@ -159,6 +159,15 @@ int64_t ik_sockets_recv_fds(int fd, void *ret_data, size_t size, ik_sockets_fds 
     while (ret_fds->count > 0)
         close(ret_fds->fd[--ret_fds->count]);
     return rc;
+}
+
+int64_t ik_sockets_recv_fds(int fd, void *ret_data, size_t size, ik_sockets_fds *ret_fds, int max,
+                            int64_t deadline_ns) {
+    return recv_fds(fd, ret_data, size, ret_fds, max, 0, deadline_ns);
+}
+
+int64_t ik_sockets_peek_fds(int fd, void *ret_data, size_t size, ik_sockets_fds *ret_fds, int max) {
+    return recv_fds(fd, ret_data, size, ret_fds, max, MSG_PEEK, IK_NOW);
 }
 
 int ik_sockets_at_mark(int fd) {

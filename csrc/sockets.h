@@ -41,6 +41,10 @@ int64_t ik_sockets_send_fds(int fd, const void *data, size_t size, const int *fd
 int64_t ik_sockets_recv_fds(int fd, void *ret_data, size_t size, ik_sockets_fds *ret_fds, int max,
                             int64_t deadline_ns);
 
+/* The same without waiting and without taking the message: whoever receives next gets it again,
+ * with descriptors of its own. */
+int64_t ik_sockets_peek_fds(int fd, void *ret_data, size_t size, ik_sockets_fds *ret_fds, int max);
+
 /* 1 when the next byte to read is the one at the urgent mark, 0 when it is not, or -errno. */
 int ik_sockets_at_mark(int fd);
 

@@ -23,12 +23,8 @@ enum ik_spawner_work {
                            its listeners; with a log, those of it */
 };
 
-/* Of a log: writer, wake, acked, memory. */
-enum ik_spawner_limits {
-    IK_SPAWNER_LOG_FDS = 4,
-    IK_SPAWNER_MOST_FDS = 64,
-    IK_SPAWNER_MOST_BYTES = 2048
-};
+/* Of a log: writer, hand, wake, acked, memory. */
+enum ik_spawner_limits { IK_SPAWNER_MOST_FDS = 64, IK_SPAWNER_MOST_BYTES = 2048 };
 
 typedef struct ik_spawner_shared {
     int child; /* written by the kernel, while a request is under way */

@@ -8,10 +8,13 @@
  * stay open; 0, 1 and 2 are /dev/null, the folder is "/": nothing of the host is held that the host
  * may want to get rid of. Limits, priority, environment are those of the host when it started this.
  *
- * Design: why the logger is a program of its own, and no child of a spawner. clone3(2) called past
- * the C library leaves the library's record of the thread's number as it was in the parent, and the
- * owner of a robust mutex is that number. Connections and workers take no such lock; the logger
- * does. It is started seldom, so the half millisecond of execve(2) is no matter.
+ * Design: why the logger is executed, and no child of a spawner. A program that has a log and no
+ * server gets one process so, and not two; a logger is started seldom, so the half millisecond of
+ * execve(2) is no matter.
+ *
+ * A child may take no robust mutex and start no thread: clone3(2) called past the C library leaves
+ * the library's record of the thread's number as it was in the parent. Connections and workers do
+ * neither.
  */
 #include "spawner.h"
 
@@ -41,6 +44,8 @@
 #ifndef SYS_clone3
 #define SYS_clone3 435
 #endif
+
+enum { LOGGER_FDS = 10, LOGGER_ARGUMENTS = 5 + LOGGER_FDS };
 
 /* Exit status: executed by another build, or by hand. */
 enum { NOT_FOR_US = 125 };
@@ -75,7 +80,7 @@ static int by_number(const void *left, const void *right) {
 
 /* The numbers in the arguments, which are descriptors: all that stays open. */
 static void take_descriptors(char **argv, int *ret_fds, size_t n) {
-    int sorted[16];
+    int sorted[16]; /* LOGGER_FDS at the most */
     for (size_t i = 0; i < n; i++) {
         ret_fds[i] = sorted[i] = atoi(argv[i]);
         fcntl(ret_fds[i], F_SETFD, FD_CLOEXEC);
@@ -87,19 +92,25 @@ static void take_descriptors(char **argv, int *ret_fds, size_t n) {
 /* --- the logger --------------------------------------------------------------------------------*/
 
 static int be_logger(char **argv) {
-    int fds[6];
-    take_descriptors(argv + 2, fds, 6);
+    int fds[LOGGER_FDS];
+    take_descriptors(argv + 2, fds, LOGGER_FDS);
     ik_log log = {.format = atoi(argv[0]),
                   .durability = atoi(argv[1]),
                   .reader = fds[0],
-                  .file = fds[1],
-                  .wake = fds[2],
-                  .acked = fds[3],
-                  .told = fds[4],
+                  .handed = fds[1],
+                  .staging_reader = fds[2],
+                  .staging_writer = fds[3],
+                  .parked = fds[4],
+                  .park = fds[5],
+                  .wake = fds[6],
+                  .acked = fds[7],
+                  .told = fds[8],
                   .writer = -1,
+                  .hand = -1,
                   .tell = -1,
-                  .shared = ik_log_map(fds[5])};
-    close(fds[5]);
+                  .file = -1,
+                  .shared = ik_log_map(fds[9])};
+    close(fds[9]);
     set_title(NULL, "ipckit-logger"); /* the arguments are read */
     return log.shared ? ik_log_run(&log) : ENOMEM;
 }
@@ -117,12 +128,23 @@ static void *map(int fd) {
 }
 
 static ik_log *use_log(ik_log *log, const int *fds) {
-    log->reader = log->file = log->told = log->tell = -1;
-    log->writer = fds[0];
-    log->wake = fds[1];
-    log->acked = fds[2];
-    log->shared = ik_log_map(fds[3]);
-    close(fds[3]);
+    *log = (ik_log){.format = log->format,
+                    .durability = log->durability,
+                    .reader = -1,
+                    .writer = fds[0],
+                    .handed = -1,
+                    .hand = fds[1],
+                    .staging_reader = -1,
+                    .staging_writer = -1,
+                    .parked = -1,
+                    .park = -1,
+                    .wake = fds[2],
+                    .acked = fds[3],
+                    .told = -1,
+                    .tell = -1,
+                    .file = -1,
+                    .shared = ik_log_map(fds[4])};
+    close(fds[4]);
     return log;
 }
 
@@ -241,7 +263,7 @@ int main(int argc, char **argv) {
     title = argv[0];
     title_size = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) + 1 - argv[0]);
     be_nowhere();
-    if (strcmp(argv[1], "logger") == 0 && argc == 11)
+    if (strcmp(argv[1], "logger") == 0 && argc == LOGGER_ARGUMENTS)
         return be_logger(argv + 3);
     if (strcmp(argv[1], "spawner") == 0 && argc == 7)
         return be_spawner(argv + 3);

@@ -48,6 +48,7 @@ from ipckit.messagelog import LogStats as LogStats
 from ipckit.messagelog import LogWriter as LogWriter
 from ipckit.messagelog import MessageLog as MessageLog
 from ipckit.messagelog import Record as Record
+from ipckit.messagelog import Reopening as Reopening
 from ipckit.messagelog import records as records
 from ipckit.pipes import duplex as duplex
 from ipckit.pipes import pipe as pipe

@@ -3,19 +3,21 @@
 
 ::
 
-    workers --append--> pipe --splice--> file
-                          ^
-              the supervisor holds it open and starts a new logger when one dies
+    workers --append--> pipe --splice--> second pipe --splice--> file
+                          ^                  ^
+                   the supervisor holds both open and starts a new logger when one dies
 
-The logger moves the pipe to the file inside the kernel, so it never holds a byte that a kill could
-lose. A message longer than PIPE_BUF (4,096 bytes on Linux) takes a lock that the kernel frees when
-its holder dies; shorter ones are one write, which the kernel never splits. Durability, what
+The logger moves the messages to the file inside the kernel, so it never holds a byte that a kill could
+lose. No writer holds a lock, or waits for a disk, but until a durability that it asked for is reached,
+or the first pipe has room: only the logger has the second pipe and the file in hand. Up to PIPE_BUF
+(4,096 bytes on Linux) a message is one write, which the kernel never splits; a longer one goes to the
+logger in memory of its own. Either way it is in the log whole or not at all. Durability, what
 ``append()`` waits for:
 
 ==========  ====================================  ==============================================
 level       append() returned means               lost by
 ==========  ====================================  ==============================================
-"none"      the message is in the kernel's pipe   logger and supervisor both killed; power loss
+"none"      the message is in the kernel          logger and supervisor both killed; power loss
 "written"   it is in the file                     power loss
 "synced"    fdatasync(2) returned after it        the disk
 ==========  ====================================  ==============================================
@@ -33,8 +35,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import socket
-import stat
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,12 +43,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ipckit import _spawner, wait
 from ipckit._arguments import INT_MAX, Buffer, check_buffer, integer, seconds
 from ipckit._handles import Rooted, finalizer
+from ipckit._logfile import above_standard, end_torn_tail, eventfd, identity_of, open_file, packets, pipe
 from ipckit._native import ffi, lib
-from ipckit._unpatched import os, select, socketpair, threading, time
+from ipckit._unpatched import os, select, threading, time
 from ipckit.errors import Closed, check
 from ipckit.process import Child, fork_native
 
-__all__ = ["Append", "LogStats", "LogWriter", "MessageLog", "Record", "records"]
+__all__ = ["Append", "LogStats", "LogWriter", "MessageLog", "Record", "Reopening", "records"]
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,13 +57,30 @@ if TYPE_CHECKING:
 _FORMATS = {"raw": lib.IK_LOG_RAW, "record": lib.IK_LOG_RECORD}
 _DURABILITIES = {"none": lib.IK_LOG_NONE, "written": lib.IK_LOG_WRITTEN, "synced": lib.IK_LOG_SYNCED}
 # The descriptors of ik_log, and what of a log goes to a process that was not forked.
-_IN_NATIVE = frozenset(("reader", "writer", "file", "wake", "acked", "told", "tell"))
-_PASSED = ("writer", "wake", "acked", "memory")
+_OF_LOGGER = (
+    "reader",
+    "handed",
+    "staging_reader",
+    "staging_writer",
+    "parked",
+    "park",
+    "wake",
+    "acked",
+    "told",
+)
+_OF_WRITERS = ("writer", "hand", "wake", "acked")
+_IN_NATIVE = frozenset((*_OF_LOGGER, *_OF_WRITERS, "tell"))
+_PASSED = (*_OF_WRITERS, "memory")
 _RUN_LOGGER = ffi.addressof(lib, "ik_log_run")
 # A logger that dies more often than this in a second can't be helped by another one.
 _RESTARTS_PER_SECOND = 100
 # How long the supervisor waits for the pipe before it looks whether its logger lives.
 _LOOK_NS = 100_000_000
+# Seconds until it tries again to start one, when there is no process or descriptor to be had.
+_PAUSE = 0.1
+_SHORTAGE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+# Seconds that a logger has to end by SIGKILL; one that waits for its disk can't.
+_LAST_MOMENT = 0.2
 
 
 @dataclass(frozen=True)
@@ -74,13 +92,13 @@ class LogStats:
     bytes: int
     """appended, as they stand in the file (records are longer than their messages)"""
     backlog: int
-    """bytes in the pipe, not in the file yet"""
+    """bytes that are appended, not in the file yet"""
     restarts: int
     """loggers that died and were replaced"""
     torn: int
-    """messages whose writer ended in their middle, and a torn tail found at open"""
+    """last lines that were cut off (power was lost), found on opening a file"""
     error: int
-    """the errno that the logger waits on (ENOSPC, EFBIG, EIO, ...), or 0"""
+    """the errno that the logger waits on (ENOSPC, EDQUOT, EFBIG, EIO, ...), or 0"""
     sync_error: int
     """the errno of the first failed fdatasync of the file in use, or 0"""
     files: int
@@ -101,78 +119,6 @@ class Record:
     data: bytes
 
 
-def _open_file(path: str, *, synced: bool, but: int = -1) -> int:
-    """The log file, locked against a second log: regular, ours, not reached through a link.
-
-    Or *but*, if that is the same file."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    try:
-        fd = os.open(path, flags, 0o600)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "the log must not be a symbolic link", path) from None
-        raise
-    try:
-        _refuse_strangers(fd, path)
-        if but >= 0 and os.path.sameopenfile(fd, but):
-            os.close(fd)
-            return but
-        _take(fd, path)
-        if synced:
-            _sync_folder(path)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _refuse_strangers(fd: int, path: str) -> None:
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.EINVAL, "the log must be a regular file", path)
-    if info.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, f"the log belongs to user {info.st_uid}, not to us", path)
-    if info.st_nlink != 1:
-        raise OSError(errno.EMLINK, f"the log must have one name, not {info.st_nlink} links", path)
-
-
-def _take(fd: int, path: str) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(errno.EWOULDBLOCK, "another process writes this log", path) from None
-
-
-def _sync_folder(path: str) -> None:
-    """What is synced in a file whose name is lost would be lost."""
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has nothing to sync there
-            raise
-    finally:
-        os.close(folder)
-
-
-def _end_torn_tail(fd: int, path: str) -> int:
-    """Give a last line that was cut off its line end, so that it stays one bad line: 1 if so."""
-    size = os.fstat(fd).st_size
-    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
-        return 0
-    if os.pwrite(fd, b"\n", size) != 1:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-    return 1
-
-
-def _pipe(capacity: int) -> tuple[int, int]:
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(PermissionError):  # over the user's pipe allowance: the default works too
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, capacity)
-    return reader, writer
-
-
 class Append(Rooted):
     """A message on its way into a log, for an event loop; from ``LogWriter.begin()``.
 
@@ -181,7 +127,7 @@ class Append(Rooted):
     one acknowledgement is for all that came before it. In order: those that wait for POLLOUT should
     be called in the order in which they began, or messages overtake each other.
 
-    Dropping it, or ``close()``, gives it up: it is in the log once or not at all. Threads: one.
+    Dropping it, or ``close()``, gives it up: it is in the log once and whole, or not at all. Threads: one.
     """
 
     _over = True  # until there is something to give up
@@ -225,7 +171,6 @@ class Append(Rooted):
         """Give it up, unless it is done."""
         if not self._over:
             self._over = True
-            lib.ik_log_abandon(self._log.native, self._native)
             ffi.release(self._line)
 
     __del__ = finalizer(close)
@@ -259,6 +204,7 @@ class LogWriter:
         self.native = ffi.new("ik_log *")
         for name in _IN_NATIVE:
             setattr(self.native, name, self._own.get(name, -1))
+        self.native.file = -1
         self.native.format = _FORMATS[self.format]
         self.native.durability = _DURABILITIES[self.durability]
         self.native.shared = self._shared
@@ -272,7 +218,8 @@ class LogWriter:
             for the whole; None waits for ever, which a full disk can make long.
         Raises: TimeoutError (ETIMEDOUT): in the log once or not at all; BrokenPipeError (EPIPE): neither
             logger nor supervisor lives; OSError EIO, ENOSPC, ...: fdatasync failed, now or earlier, so
-            nothing can be promised as "synced" any more; Closed.
+            nothing can be promised as "synced" any more; ENOMEM, EMFILE, EFBIG (RLIMIT_FSIZE), ... of a
+            message longer than PIPE_BUF, which is not appended then; Closed.
         Signals: their Python handlers run in between; one that raises gives the message up.
         """
         if self.closed:
@@ -285,7 +232,6 @@ class LogWriter:
         """An append for an event loop, which never blocks: call its ``done()`` until that is True.
 
         Nothing is appended before the first ``done()``. Args, and what its errors are: as append().
-        Meant for messages up to PIPE_BUF: a longer one keeps other writers out until it is whole.
         """
         return Append(self, self._line(data, peer, connection))
 
@@ -312,11 +258,8 @@ class LogWriter:
 
     def _append(self, append: Any, deadline_ns: int) -> None:
         rc = -errno.EINTR
-        try:
-            while rc == -errno.EINTR:
-                rc = self._try_append(append, deadline_ns)
-        finally:
-            lib.ik_log_abandon(self.native, append)
+        while rc == -errno.EINTR:
+            rc = self._try_append(append, deadline_ns)
         check(rc, self.path)
 
     def _try_append(self, append: Any, deadline_ns: int) -> int:
@@ -391,18 +334,22 @@ class MessageLog(LogWriter):
             that another log writes now.
         format: "raw" or "record" (see the module).
         durability: "none", "written" or "synced" (see the module).
-        capacity: the pipe's size in bytes; the kernel rounds it up, and keeps its default if the
-            user's allowance is used up.
+        capacity: the size of each of the two pipes in bytes; the kernel rounds it up, and keeps its
+            default if the user's allowance is used up.
+        lock_timeout: seconds to wait for the file while another log writes it: the logger of a server
+            that was killed first writes what is left.
 
     The process that opens the log is its supervisor. It calls ``supervise()`` when ``fileno()`` is
     readable (the logger died); ``append()`` and ``close()`` do so themselves. When the supervisor itself
     is killed, the logger writes what is left and ends as soon as the last writer has ended.
 
-    A full disk loses nothing and stops nothing for good: the logger tries again, the pipe keeps what
-    comes and, once full, makes the writers wait. ``stats().error`` tells.
+    A full disk, and one that does not answer, loses nothing and stops nothing for good: the logger tries
+    again, the pipes keep what comes and, once full, make the writers wait. ``stats()`` tells: ``error``
+    of a disk that refuses, ``backlog`` in any case.
 
     Fork: children append to the same log; in them ``close()`` ends only their own use. Threads: any
-    number. Raises: OSError for the refusals above, naming the path; ValueError for a bad option.
+    number. Raises: OSError for the refusals above, naming the path, and the process that writes it if
+    /proc shows that; ValueError for a bad option.
     """
 
     def __init__(
@@ -412,47 +359,65 @@ class MessageLog(LogWriter):
         format: str = "raw",
         durability: str = "none",
         capacity: int = 1 << 20,
+        lock_timeout: float | None = 5.0,
     ) -> None:
         for option, value, known in (("format", format, _FORMATS), ("durability", durability, _DURABILITIES)):
             if value not in known:
                 raise ValueError(f"{option} must be one of {', '.join(known)}, not {value!r}")
         capacity = integer(capacity, "capacity", 1, INT_MAX)
+        patience = seconds(lock_timeout, "lock_timeout")
         self.path = os.fspath(path)
         self.format = format
         self.durability = durability
         self.restarts = 0
         """loggers that died and were replaced"""
+        self.unwritten = 0
+        """bytes that ``close()`` had to leave, when it raised"""
         self._recent: list[float] = []
         self._logger: Child | None = None
         self._owner = os.getpid()
         self._absolute = os.path.abspath(self.path)  # for reopen(), after a chdir() too
-        self._files = 0  # taken by the logger after the first
+        self._number = 0  # of the file in use
+        self._files = 0  # after the first
+        self._change: Reopening | None = None
         self._guard = threading.RLock()
         self._guarded = False
         with contextlib.ExitStack() as undo:
-            self._own = {"file": _open_file(self.path, synced=durability == "synced")}
+            self._own = {"next": open_file(self.path, synced=durability == "synced", patience=patience)}
             undo.callback(self._close_all)
-            self._torn_at_open = _end_torn_tail(self._own["file"], self.path) if format == "record" else 0
-            self._own["reader"], self._own["writer"] = _pipe(capacity)
-            self._own["wake"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._own["acked"] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            ends = socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._own["told"], self._own["tell"] = (end.detach() for end in ends)
-            self._own["memory"] = os.memfd_create("ipckit-log", os.MFD_CLOEXEC)
-            os.ftruncate(self._own["memory"], lib.ik_log_shared_size())
+            self._identity = identity_of(self._own["next"])
+            self._torn_at_open = end_torn_tail(self._own["next"], self.path) if format == "record" else 0
+            self._open_descriptors(capacity)
             self._attach()
-            check(lib.ik_log_shared_init(self.native.shared))
+            self._park()
             self._logger = self._start_logger()
             undo.pop_all()
         _logs.add(self)
 
+    def _open_descriptors(self, capacity: int) -> None:
+        own = self._own
+        own["reader"], own["writer"] = pipe(capacity)
+        os.set_blocking(own["writer"], False)
+        own["staging_reader"], own["staging_writer"] = pipe(capacity)
+        own["wake"] = eventfd()
+        own["acked"] = eventfd()
+        for logger, other in (("told", "tell"), ("handed", "hand"), ("parked", "park")):
+            own[logger], own[other] = packets()
+        own["memory"] = above_standard(os.memfd_create("ipckit-log", os.MFD_CLOEXEC))
+        os.ftruncate(own["memory"], lib.ik_log_shared_size())
+
+    def _park(self) -> None:
+        """Leave the file to the loggers. To close a file can wait for its disk, so no other process has it
+        open: neither we at our end, nor each child that closes what it does not need."""
+        check(lib.ik_log_park(self.native, self._own["next"]), self.path)
+        self._forget("next")
+
     def _start_logger(self) -> Child:
-        native = self.native
-        # Not the write end: holding it, the logger would never see its end of file.
-        keep = (native.reader, native.file, native.wake, native.acked, native.told)
-        words = ("logger", native.format, native.durability, *keep, self._own["memory"])
+        # Not the write ends: holding them, the logger would never see its end of file.
+        keep = [self._own[name] for name in _OF_LOGGER]
+        words = ("logger", self.native.format, self.native.durability, *keep, self._own["memory"])
         child = _spawner.execute(f"ipckit logger of {self.path}", words, (*keep, self._own["memory"]))
-        return child or fork_native(_RUN_LOGGER, native, keep=keep, die_with_parent=False)
+        return child or fork_native(_RUN_LOGGER, self.native, keep=keep, die_with_parent=False)
 
     @property
     def logger(self) -> Child:
@@ -475,7 +440,9 @@ class MessageLog(LogWriter):
     def supervise(self) -> bool:
         """Start a new logger if the present one died; True if so. Nothing is lost in between.
 
-        Raises: RuntimeError if the logger dies more than a hundred times within a second.
+        Raises: OSError EAGAIN, ENOMEM, EMFILE or ENFILE if no process is to be had now: call it again
+            later (``append()``, ``reopen()`` and ``close()`` do so); RuntimeError if the logger dies more
+            than a hundred times within a second.
         """
         if self.logger.poll() is None:
             return False
@@ -491,7 +458,6 @@ class MessageLog(LogWriter):
                 return
             try:
                 self._guarded = True
-                self._settle()  # a reopen() that an exception of a handler ended
                 yield True
             finally:
                 self._guarded = False
@@ -500,33 +466,49 @@ class MessageLog(LogWriter):
         status = self.logger.poll()
         if status is None:
             return False
-        now = time.monotonic()
-        self._recent = [at for at in self._recent if now - at < 1] + [now]
-        if len(self._recent) > _RESTARTS_PER_SECOND:
-            raise RuntimeError(
-                f"the logger of {self.path} died {len(self._recent)} times in a second: {status}"
-            )
+        if died := self._too_often():
+            raise RuntimeError(f"the logger of {self.path} died {died} times in a second: {status}")
         self._replace(self.logger)
         return True
 
+    def _too_often(self) -> int:
+        """How often the logger has died within a second, this time included; 0 if another one may help."""
+        now = time.monotonic()
+        self._recent = [at for at in self._recent if now - at < 1]
+        died = len(self._recent) + 1
+        return died if died > _RESTARTS_PER_SECOND else 0
+
     def _replace(self, dead: Child) -> None:
+        """Raises: as fork(); then nothing is changed."""
         _spawner.refused(dead)
-        dead.close()
         self._logger = self._start_logger()
+        dead.close()
+        self._recent.append(time.monotonic())
         self.restarts += 1
+
+    def _revive(self) -> bool:
+        """supervise(); False if there is no process to be had now."""
+        try:
+            self.supervise()
+        except OSError as error:
+            if error.errno not in _SHORTAGE:
+                raise
+            return False
+        return True
+
+    # --- another file
 
     def reopen(self, *, timeout: float | None = 1.0) -> bool:
         """Open the path again and go over to that file; True if so, False if it is the one in use.
 
         For rotation: rename the file, then call this. No message is lost, doubled or split over the
         two files; what ``append()`` promised holds for the one that the message went to. Blocks until
-        the old file has all that was appended before, *timeout* seconds at the most.
+        the old file has all that was appended before, *timeout* seconds at the most, and to open the path.
 
-        If half of *timeout* is not enough, because the disk is full or a writer stands still in the
-        middle of a long message, the logger goes over where it stands: the old file can then be
-        moved away or removed, which gives its space back, and the rest goes to the new one.
-        Nothing is lost or doubled, but one message may begin in one file and end in the other;
-        ``stats().split`` counts that.
+        If half of *timeout* is not enough, because the disk is full or slow, the logger goes over
+        where it stands: the old file can then be moved away or removed, which gives its space back, and
+        the rest goes to the new one. Nothing is lost or doubled, but one message may begin in one file
+        and end in the other; ``stats().split`` counts that.
 
         After a failed fdatasync(2) the new file is "synced" again; an ``append()`` whose message went
         to the old one still raises.
@@ -535,64 +517,71 @@ class MessageLog(LogWriter):
             not run or its writing hangs: then the old file stays in use, nothing is lost, and it can
             be called again. RuntimeError in a forked child, or in a signal handler that interrupted
             this method or ``supervise()``. Closed.
-        Signals: call it from a loop, not from a handler, which may have interrupted an ``append()``
-            in the middle of a message. See rename(2), logrotate(8).
+        See rename(2), logrotate(8).
+        """
+        change = self.begin_reopen(timeout=timeout)
+        if change is None:
+            return False
+        with change:
+            while not change.done():
+                if self._revive():
+                    change.wait()
+                else:
+                    time.sleep(_PAUSE)
+        return True
+
+    def begin_reopen(self, *, timeout: float | None = 1.0) -> "Reopening | None":
+        """reopen() for an event loop, which waits only to open the path. None: it is the file in use.
+
+        An earlier one that is not done is given up. Args and raises: as reopen().
         """
         deadline_ns, until_ns = wait.deadline(timeout), wait.deadline(seconds(timeout) / 2)
         self.logger  # noqa: B018 - raises unless open and the supervisor's
         with self._alone() as alone:
             if not alone:
                 raise RuntimeError(f"a signal handler interrupted a change of the log {self.path}")
-            synced = self.durability == "synced"
-            fd = _open_file(self._absolute, synced=synced, but=self._own["file"])
-            if fd == self._own["file"]:
-                return False
+            self._settle()
+            fd = open_file(self._absolute, synced=self.durability == "synced", but=self._identity)
+            if fd < 0:
+                return None
             self._own["next"] = fd
             try:
                 if self.format == "record":
-                    self._torn_at_open += _end_torn_tail(fd, self.path)
-                self._hand_over(until_ns, deadline_ns)
-            finally:
+                    self._torn_at_open += end_torn_tail(fd, self.path)
+                check(lib.ik_log_offer(self.native, fd, until_ns), self.path)
+            except BaseException:
                 self._settle()
-        return True
+                raise
+            self._change = Reopening(self, deadline_ns)
+            return self._change
 
-    def _hand_over(self, until_ns: int, deadline_ns: int) -> None:
-        """Offer the next file to the logger, again if it dies before it has taken it."""
-        while True:
-            check(lib.ik_log_offer(self.native, self._own["next"], until_ns), self.path)
-            answered = self._await_answer(deadline_ns)
-            if self._taken():
-                return
-            if not answered:
-                raise TimeoutError(
-                    errno.ETIMEDOUT, "the logger did not go over in time; the old file stays", self.path
-                )
-            self._supervise()
-
-    def _await_answer(self, deadline_ns: int) -> bool:
-        """Until the logger answers or dies; False at the deadline."""
-        poller = select.poll()
-        for fd in (self._own["tell"], self.logger.fileno()):
-            poller.register(fd, select.POLLIN)
-        return bool(wait.polled(poller, deadline_ns))
-
-    def _taken(self) -> bool:
-        """Withdraw the offer; if the logger has taken it, the next file is ours too, and the old one next."""
-        files = lib.ik_log_withdraw(self.native)
-        if files == self._files:
-            return False
-        self._files = files
-        self._own["file"], self._own["next"] = self._own["next"], self._own["file"]
-        self.native.file = self._own["file"]
-        return True
+    def _look_at_change(self) -> None:
+        """Note it if the logger has taken the next file."""
+        number = lib.ik_log_in_use(self.native)
+        if number == self._number or "next" not in self._own:
+            return
+        self._number = number
+        self._files += 1
+        self._identity = identity_of(self._own["next"])
+        self._end_change(done=True)
 
     def _settle(self) -> None:
-        """End an offer, if there is one, and close the file that is not in use."""
+        """End an offer, if there is one; the file that was offered is in use, or free again."""
         if "next" in self._own:
-            self._taken()
-            # Even if a logger that stands still holds it too: the lock is the open file's.
+            lib.ik_log_withdraw(self.native)
+            self._look_at_change()
+        if "next" in self._own:
+            # Even if a logger that stands still finds it later: the lock is the open file's.
             fcntl.flock(self._own["next"], fcntl.LOCK_UN)
-            self._forget("next")
+            self._end_change(done=False)
+
+    def _end_change(self, *, done: bool) -> None:
+        change, self._change = self._change, None
+        if change is not None:
+            change._done = done
+        self._forget("next")
+
+    # --- use
 
     def _try_append(self, append: Any, deadline_ns: int) -> int:
         """For a while only, then look whether the logger lives; -EINTR: go on."""
@@ -603,7 +592,7 @@ class MessageLog(LogWriter):
             look_ns = min(look_ns, deadline_ns)
         rc = super()._try_append(append, look_ns)
         if rc == -errno.ETIMEDOUT and look_ns != deadline_ns:
-            self.supervise()
+            self._revive()
             return -errno.EINTR
         return rc
 
@@ -613,7 +602,7 @@ class MessageLog(LogWriter):
         return counters
 
     def stats(self) -> LogStats:
-        """The counters of this moment, over all writers. Raises: Closed."""
+        """The counters of this moment, over all writers; waits for no disk. Raises: Closed."""
         self.logger  # noqa: B018 - raises unless open and the supervisor's
         counters = self._counters()
         return LogStats(
@@ -621,28 +610,35 @@ class MessageLog(LogWriter):
             bytes=counters.bytes,
             backlog=check(lib.ik_log_backlog(self.native), self.path),
             restarts=self.restarts,
-            torn=counters.torn + self._torn_at_open,
+            torn=self._torn_at_open,
             error=counters.error,
             sync_error=counters.sync_error,
-            files=counters.files,
+            files=self._files,
             split=counters.split,
         )
+
+    # --- the end
 
     def close(self, *, timeout: float | None = 10.0) -> None:
         """Wait until all that was appended is in the file, sync it, end the logger, close.
 
-        Block until every other writer has ended too, *timeout* seconds at the most. A second call does
-        nothing. In a forked child: end only the child's own use, at once.
+        Block until every other writer has ended too, *timeout* seconds at the most, and a moment for the
+        logger to be killed then. A second call does nothing. In a forked child: end only the child's own
+        use, at once.
 
-        Raises: TimeoutError (ETIMEDOUT) saying how many bytes were not written and why; OSError if
-            the last fdatasync failed. The log is closed all the same.
+        Raises: TimeoutError (ETIMEDOUT) saying how many bytes were not written and why; then
+            ``unwritten`` has the number. ChildProcessError (ECHILD) likewise, if the logger died more than
+            a hundred times within a second. OSError if the last fdatasync failed. The log is closed all
+            the same; a logger that not even SIGKILL ends, because its disk does not answer, stays until
+            that does.
         """
         deadline_ns = wait.deadline(timeout)
         if self.closed or self._logger is None:
             super().close()
             return
         with self._alone():
-            self._forget("writer")
+            self._settle()
+            self._forget("writer", "hand")
         try:
             self._drain(deadline_ns)
         finally:
@@ -660,18 +656,43 @@ class MessageLog(LogWriter):
             if status.exited:
                 check(-(status.code or 0), self.path)
                 return
-            self._replace(self._logger)
+            if died := self._too_often():
+                self._leave(errno.ECHILD, f"the logger died {died} times in a second: {status}")
+            self._replace_by(deadline_ns)
+
+    def _replace_by(self, deadline_ns: int) -> None:
+        """As soon as there is a process to be had."""
+        assert self._logger is not None
+        while True:
+            try:
+                return self._replace(self._logger)
+            except OSError as error:
+                if error.errno not in _SHORTAGE:
+                    raise
+                if deadline_ns != wait.FOREVER and time.monotonic_ns() >= deadline_ns:
+                    self._leave(errno.ETIMEDOUT, f"there is no logger: {error.strerror}")
+            time.sleep(_PAUSE)
 
     def _give_up(self) -> NoReturn:
         assert self._logger is not None
         error = self._counters().error
+        poller = select.poll()
+        poller.register(self._own["reader"], 0)
+        if error:
+            why = os.strerror(error)
+        elif poller.poll(0):  # POLLHUP
+            why = "its file system or its logger stands still"
+        else:
+            why = "writers still have it open"
         self._logger.kill()
-        self._logger.wait()
-        left = lib.ik_log_backlog(self.native)
-        why = os.strerror(error) if error else "writers still have it open"
-        raise TimeoutError(
-            errno.ETIMEDOUT, f"the log was not finished: {why}; {left} bytes not written", self.path
-        )
+        with contextlib.suppress(TimeoutError):
+            self._logger.wait(_LAST_MOMENT)
+        self._leave(errno.ETIMEDOUT, why)
+
+    def _leave(self, number: int, why: str) -> NoReturn:
+        self.unwritten = check(lib.ik_log_backlog(self.native), self.path)
+        text = f"the log was not finished: {why}; {self.unwritten} bytes not written"
+        raise OSError(number, text, self.path)
 
     def _after_fork(self) -> None:
         """In a forked child: keep what appending needs. With the reader kept, a lost logger would go unseen;
@@ -679,7 +700,65 @@ class MessageLog(LogWriter):
         if self._logger is not None:
             self._logger.close()
             self._logger = None
-        self._forget("reader", "file", "next", "told", "tell")
+        self._forget(*(set(self._own) - set(_PASSED)))
+
+
+class Reopening(Rooted):
+    """A change of the file under way, for an event loop; from ``MessageLog.begin_reopen()``.
+
+    Until ``done()``, wait for POLLIN on ``fileno()``, and until the time is up, then call ``done()``
+    again. If the logger dies meanwhile, ``supervise()`` has the next one go on with it. Threads: any.
+    """
+
+    _done: bool | None = None  # False: it was given up
+
+    def __init__(self, log: MessageLog, deadline_ns: int) -> None:
+        self._log = log
+        self._deadline_ns = deadline_ns
+
+    def done(self) -> bool:
+        """True when the logger has gone over; does not block.
+
+        Raises: TimeoutError (ETIMEDOUT) when the time is up, or when it was given up: then the old file
+            stays in use. Closed.
+        """
+        log = self._log
+        with log._alone():
+            if self._done is None:
+                self.fileno()
+                log._look_at_change()
+            if self._done is None and self._is_late():
+                log._settle()
+        if self._done is False:
+            why = "the logger did not go over in time; the old file stays"
+            raise TimeoutError(errno.ETIMEDOUT, why, log.path)
+        return self._done is True
+
+    def _is_late(self) -> bool:
+        return self._deadline_ns != wait.FOREVER and time.monotonic_ns() >= self._deadline_ns
+
+    def wait(self) -> None:
+        """Block until done() is due, or the log's supervise()."""
+        poller = select.poll()
+        for fd in (self.fileno(), self._log.fileno()):
+            poller.register(fd, select.POLLIN)
+        wait.polled(poller, self._deadline_ns)
+
+    def fileno(self) -> int:
+        """Where to wait for it. Raises: Closed."""
+        return self._log._descriptor("tell")
+
+    def close(self) -> None:
+        """Give it up, unless it is done."""
+        with self._log._alone():
+            if self._done is None:
+                self._log._settle()
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 _logs: "weakref.WeakSet[MessageLog]" = weakref.WeakSet()
@@ -698,8 +777,8 @@ def records(
 ) -> Iterator[Record]:
     """The messages of a log in record format, in order; the file may grow meanwhile.
 
-    Lines that are no whole record (a writer was killed in the middle of a message longer than
-    PIPE_BUF, power was lost) are passed over; *on_torn* is called with their line number and bytes.
+    Lines that are no whole record (power was lost, or one was split: see ``reopen()``) are passed
+    over; *on_torn* is called with their line number and bytes.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

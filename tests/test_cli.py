@@ -131,13 +131,10 @@ def test_a_log_that_can_not_be_written_is_one_line(tmp_path, name, message):
 def test_a_log_in_use_is_one_line(tmp_path):
     path = tmp_path / "log"
     with Served(path) as server:
-        assert run("serve", "--port", "0", "--log", path) == (
-            1,
-            "",
-            f"Error: {path}: another process writes this log\n",
-        )
+        refused = f"Error: {path}: another process writes this log (process {server.wait_logger()})\n"
+        assert run("serve", "--port", "0", "--log", path) == (1, "", refused)
         status, out, errors = run("demo", "--log", path)
-        assert (status, errors) == (1, f"Error: {path}: another process writes this log\n")
+        assert (status, errors) == (1, refused)
         assert "verified" not in out
         assert server.stop()[0] == 0
 

@@ -20,9 +20,10 @@ import pytest
 from conftest import PATIENCE, eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import silent, wait_asleep
+from serving import silent, user_of_its_own, wait_asleep
 
 import ipckit
+from ipckit._native import ffi, lib
 from ipckit.messagelog import LogWriter, MessageLog, records
 
 PIPE_BUF = select.PIPE_BUF
@@ -304,26 +305,84 @@ def test_a_torn_tail_is_closed_and_counted(tmp_path):
     assert torn == [(2, b'{"time":1.0,"peer":"","length":9,"te\n')]
 
 
-def test_a_writer_killed_in_the_middle_of_a_long_message_is_marked(tmp_path, forked):
+def test_a_writer_killed_in_the_middle_of_a_long_message_leaves_it_whole_or_out(tmp_path, forked):
     path = tmp_path / "log"
+    message = os.urandom(300_000)
+    chance = random.Random(11)
     with MessageLog(path, format="record", capacity=4096) as log:
-        stop(log.logger)  # the pipe fills, so the writer stops half-way
 
         def write(ready):
             ready()
-            log.append(os.urandom(300_000))
+            while True:
+                log.append(message)
+
+        for _ in range(20):
+            writer = forked(write)
+            writer.wait_ready()
+            time.sleep(chance.random() * 0.01)
+            writer.kill()
+            writer.wait()
+            log.append(b"the next one")
+    torn = []
+    found = [r.data for r in records(path, on_torn=lambda *where: torn.append(where))]
+    assert (torn, found.count(b"the next one")) == ([], 20)
+    assert set(found) == {b"the next one", message}
+
+
+def test_a_long_message_waits_for_no_disk_and_keeps_its_place(tmp_path, forked):
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+        stop(log.logger)
+        log.append(b"before\n")
+        log.append(b"x" * 100_000 + b"\n")
+        assert log.stats().backlog == 100_008
+
+        def write(ready):
+            ready()
+            log.append(b"after\n")
 
         writer = forked(write)
         writer.wait_ready()
-        eventually(lambda: log.stats().backlog >= 4096)
-        writer.kill()
-        writer.wait()
+        assert silent(writer._told), "it waits for its turn"
         log.logger.send_signal(signal.SIGCONT)
-        log.append(b"the next one")
-        assert log.stats().torn == 1
-    torn = []
-    assert [r.data for r in records(path, on_torn=lambda *where: torn.append(where))] == [b"the next one"]
-    assert len(torn) == 1
+        assert writer.wait() == 0
+    assert content(path) == b"before\n" + b"x" * 100_000 + b"\nafter\n"
+
+
+def test_a_logger_killed_in_a_long_message_is_followed_by_one_that_goes_on(tmp_path):
+    path = tmp_path / "log"
+    messages = [b"%d " % number + os.urandom(3 << 20) for number in range(8)]
+    chance = random.Random(3)
+    with MessageLog(path, durability="written") as log:
+        for message in messages:
+            appending = threading.Thread(target=log.append, args=(message,))
+            appending.start()
+            for _ in range(3):
+                time.sleep(chance.random() * 0.002)
+                log.logger.kill()
+                log.logger.wait()
+                log.supervise()
+            appending.join()
+    assert content(path) == b"".join(messages)
+
+
+def test_a_stopped_writer_of_short_messages_stops_nobody(tmp_path, forked):
+    """Stopped at any moment: there is no lock that it could hold."""
+    path = tmp_path / "log"
+    with MessageLog(path) as log:
+        ends = {"a": 60, "b": 60}
+        writers = Writers(forked, log, ends)
+        chance = random.Random(1)
+        for _ in range(30):
+            victim, other = chance.sample(range(2), 2)
+            time.sleep(chance.random() * 0.002)
+            writers._children[victim].kill(signal.SIGSTOP)
+            before = writers.counts()[other]
+            eventually(lambda: writers.counts()[other] > before + 3)  # noqa: B023
+            writers._children[victim].kill(signal.SIGCONT)
+        counts = writers.end()
+    lines = content(path).splitlines()
+    assert [numbers(lines, name) for name in ends] == [[*range(count)] for count in counts.values()]
 
 
 # --- the logger dies -----------------------------------------------------------------------------
@@ -413,7 +472,7 @@ def test_the_logger_holds_nothing_but_what_it_needs(tmp_path):
     extra = os.open("/dev/null", os.O_RDONLY)
     with MessageLog(tmp_path / "log") as log:
         folder = f"/proc/{log.logger.pid}/fd"
-        eventually(lambda: len(os.listdir(folder)) == 8)
+        eventually(lambda: len(os.listdir(folder)) == 13, 60)
         links = {os.readlink(f"{folder}/{name}") for name in os.listdir(folder) if int(name) > 2}
         assert {link.split(":")[0] for link in links} == {
             str(tmp_path / "log"),
@@ -567,6 +626,14 @@ def test_after_a_failed_fdatasync_nothing_is_promised_any_more(tmp_path):
 # --- rotation ------------------------------------------------------------------------------------
 
 
+def set_flags(log, flags):
+    """Of the file in use, which only the logger has open."""
+    came = ffi.new("ik_sockets_fds *")
+    assert lib.ik_sockets_peek_fds(log.native.parked, ffi.new("char[64]"), 64, came, 1) > 0
+    fcntl.fcntl(came.fd[0], fcntl.F_SETFL, flags)
+    os.close(came.fd[0])
+
+
 class Rotation:
     """Renames the file of a log to file.1, file.2, ... and has it reopened."""
 
@@ -646,7 +713,7 @@ def test_rotation_under_load_loses_splits_and_doubles_nothing(
     path = tmp_path / "log"
     with MessageLog(path, format=format, durability=durability, capacity=65536) as log:
         if not splice:  # which refuses such a file
-            fcntl.fcntl(log.native.file, fcntl.F_SETFL, os.O_APPEND)
+            set_flags(log, os.O_APPEND)
         rotate = Rotation(log)
         writers = Writers(forked, log, {"a": 10, "b": 3000, "c": 30_000, "d": 150_000})
         for _ in range(rotations):
@@ -755,7 +822,7 @@ def test_reopen_refuses_what_open_refuses_and_keeps_the_file(tmp_path):
 
         def refused_again(kind, number, message):
             with pytest.raises(kind, match=message) as caught:
-                log.reopen()
+                log.reopen(timeout=PATIENCE)
             assert (caught.value.errno, caught.value.filename) == (number, str(path))
             log.append(b"%d\n" % number)
 
@@ -823,29 +890,31 @@ def test_a_disk_that_has_room_in_time_splits_nothing(tmp_path):
     assert content(path) == b"next\n"
 
 
-def test_a_writer_that_stands_still_in_a_long_message_does_not_hold_rotation_up(tmp_path, forked):
+def test_a_writer_that_stands_still_does_not_hold_rotation_up(tmp_path, forked):
+    """At any moment of a long message."""
     path = tmp_path / "log"
     message = b"y" * 300_000 + b"\n"
+    chance = random.Random(2)
     with MessageLog(path, capacity=4096) as log:
-        stop(log.logger)
 
         def write(ready):
             ready()
-            log.append(message)
+            while True:
+                log.append(message)
 
         writer = forked(write)
         writer.wait_ready()
-        eventually(lambda: log.stats().backlog >= 4096)
-        writer.kill(signal.SIGSTOP)
-        log.logger.send_signal(signal.SIGCONT)
         rotate = Rotation(log)
-        rotate(reopen_soon)
-        assert (log.stats().files, log.stats().split) == (1, 1)
-        writer.kill(signal.SIGCONT)
-        assert writer.wait() == 0
-        log.append(b"next\n")
-    assert 0 < os.path.getsize(rotate.files[0]) < len(message)
-    assert content(rotate.files[0]) + content(path) == message + b"next\n"
+        for _ in range(10):
+            time.sleep(chance.random() * 0.005)
+            writer.kill(signal.SIGSTOP)
+            rotate()
+            writer.kill(signal.SIGCONT)
+        writer.kill()
+        writer.wait()
+        assert (log.stats().files, log.stats().split) == (10, 0)
+    for file in (*rotate.files, path):
+        assert content(file).replace(message, b"") == b""
 
 
 def test_a_logger_that_stands_still_keeps_the_old_file(tmp_path):
@@ -867,31 +936,6 @@ def test_a_logger_that_stands_still_keeps_the_old_file(tmp_path):
         log.append(b"new\n")
     assert content(rotate.files[0]) == b"old\n"
     assert content(path) == b"new\n"
-
-
-def test_a_torn_message_ends_in_the_file_in_which_it_began(tmp_path, forked):
-    path = tmp_path / "log"
-    with MessageLog(path, format="record", capacity=4096) as log:
-        stop(log.logger)
-
-        def write(ready):
-            ready()
-            log.append(b"z" * 300_000)
-
-        writer = forked(write)
-        writer.wait_ready()
-        eventually(lambda: log.stats().backlog >= 4096)
-        writer.kill()
-        writer.wait()
-        log.logger.send_signal(signal.SIGCONT)
-        rotate = Rotation(log)
-        rotate()
-        assert (log.stats().torn, log.stats().split) == (1, 0)
-        log.append(b"next")
-        assert log.stats().torn == 1
-    assert content(rotate.files[0]).endswith(b"z\n")
-    assert content(path).count(b"\n") == 1
-    assert [record.data for record in records(path)] == [b"next"]
 
 
 def test_a_new_file_is_synced_again_after_a_failed_fdatasync(tmp_path):
@@ -1166,19 +1210,13 @@ def test_a_logger_killed_before_it_rang_is_followed_by_one_that_does(tmp_path):
         assert select.select([log.acked], [], [], PATIENCE)[0] == [log.acked]
 
 
-def test_a_loop_hears_when_the_lock_is_free(tmp_path, forked):
-    """Another process is in the middle of a long message."""
+def test_a_loop_hears_when_the_long_message_before_has_passed(tmp_path, forked):
+    """That of another process."""
     with MessageLog(tmp_path / "log", capacity=4096) as log:
         hear_first_ring(log)
         stop(log.logger)
-
-        def write(ready):
-            ready()
-            log.append(b"y" * 300_000)
-
-        writer = forked(write)
-        writer.wait_ready()
-        eventually(lambda: log.stats().backlog >= 4096)
+        writer = forked(lambda ready: log.append(b"y" * 300_000))
+        assert writer.wait() == 0
         append = log.begin(b"next")
         assert not append.done()
         assert (append.events, append.fileno()) == (select.POLLIN, log.acked)
@@ -1186,7 +1224,6 @@ def test_a_loop_hears_when_the_lock_is_free(tmp_path, forked):
         log.logger.send_signal(signal.SIGCONT)
         assert select.select([log.acked], [], [], PATIENCE)[0] == [log.acked]
         loop_until_done(log, [append])
-        assert writer.wait() == 0
     assert content(tmp_path / "log") == b"y" * 300_000 + b"next"
 
 
@@ -1210,20 +1247,18 @@ def test_an_append_given_up(tmp_path):
     stop(log.logger)
     data = bytearray(b"x" * 4096)
     assert log.begin(data).done()
-    late, middle = log.begin(data), log.begin(b"y" * 10_000)
+    late = log.begin(data)
     assert not late.done()
     late.close()
     data.clear()  # nobody looks at it any more
     with pytest.raises(ipckit.Closed, match="an append to the log .*log was given up"):
         late.done()
-    log.logger.send_signal(signal.SIGCONT)
-    eventually(lambda: log.stats().backlog == 0)
-    stop(log.logger)
-    assert not middle.done()
-    del middle  # or the lock would be held for ever
+    assert log.begin(b"y" * 10_000).done()
+    behind = log.begin(b"never")
+    assert not behind.done()
+    del behind
     log.logger.send_signal(signal.SIGCONT)
     log.append(b"z")
-    assert log.stats().torn == 1
     with pytest.raises(TypeError):
         log.begin("text")
     after = log.begin(b"x")
@@ -1232,9 +1267,7 @@ def test_an_append_given_up(tmp_path):
         after.done()
     with pytest.raises(ipckit.Closed, match="the log .*log is closed"):
         log.acked  # noqa: B018
-    text = content(tmp_path / "log")
-    assert text.startswith(b"x" * 4096 + b"y")
-    assert text.endswith(b"yz")
+    assert content(tmp_path / "log") == b"x" * 4096 + b"y" * 10_000 + b"z"
 
 
 def test_without_a_logger_a_loop_is_told(tmp_path):
@@ -1260,7 +1293,7 @@ def test_without_a_logger_a_loop_is_told(tmp_path):
 
 def refused(path, kind, number, message=None, **options):
     with pytest.raises(kind, match=message) as caught:
-        MessageLog(path, **options)
+        MessageLog(path, lock_timeout=0, **options)
     assert caught.value.errno == number
     assert caught.value.filename == str(path)
 
@@ -1305,9 +1338,41 @@ def test_devices_missing_folders_and_strangers_files_are_refused(tmp_path, forke
 
 def test_a_second_log_on_the_same_file_is_refused(tmp_path):
     path = tmp_path / "log"
-    with MessageLog(path):
-        refused(path, BlockingIOError, errno.EWOULDBLOCK, "another process writes this log")
+    with MessageLog(path) as log:
+        names_it = rf"another process writes this log \(process {log.logger.pid}\)"
+        hear_first_ring(log)  # it has opened the file
+        refused(path, BlockingIOError, errno.EWOULDBLOCK, names_it)
     MessageLog(path).close()
+
+
+def test_the_next_log_waits_for_the_logger_of_one_that_was_killed(tmp_path, forked):
+    path = tmp_path / "log"
+    told, tell = os.pipe()
+
+    def serve(ready):
+        log = MessageLog(path)
+        hear_first_ring(log)  # it has opened the file
+        stop(log.logger)
+        log.append(b"the rest\n")
+        os.write(tell, b"%d" % log.logger.pid)
+        ready()
+        signal.pause()
+
+    supervisor = forked(serve)
+    supervisor.wait_ready()
+    logger = int(os.read(told, 20))
+    supervisor.kill()
+    supervisor.wait()
+    refused(path, BlockingIOError, errno.EWOULDBLOCK, rf"\(process {logger}\)")
+    going_on = threading.Timer(0.1, os.kill, (logger, signal.SIGCONT))
+    going_on.start()
+    with MessageLog(path, lock_timeout=PATIENCE) as log:
+        assert content(path) == b"the rest\n"
+        log.append(b"and the next\n")
+    going_on.join()
+    assert content(path) == b"the rest\nand the next\n"
+    for fd in (told, tell):
+        os.close(fd)
 
 
 def test_bad_options_name_the_value(tmp_path):
@@ -1404,22 +1469,25 @@ def test_without_logger_and_supervisor_a_writer_is_told(tmp_path, forked):
 def test_an_exception_of_a_handler_gives_the_message_up(tmp_path, forked):
     log = MessageLog(tmp_path / "log", capacity=4096)
     stop(log.logger)
+    log.append(b"x" * 4096)
 
     def give_up(*_):
         raise KeyboardInterrupt
 
     former = signal.signal(signal.SIGUSR1, give_up)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            interrupt_when_asleep(forked)
-            log.append(b"y" * 50_000)
+        for size in (10, 50_000):
+            with pytest.raises(KeyboardInterrupt):
+                interrupt_when_asleep(forked)
+                log.append(b"y" * size, timeout=PATIENCE)
+                if size > PIPE_BUF:  # that is in the log; this one waits for it
+                    log.append(b"y" * size, timeout=PATIENCE)
     finally:
         signal.signal(signal.SIGUSR1, former)
     log.logger.send_signal(signal.SIGCONT)
     log.append(b"|after")
-    assert log.stats().torn == 1
     log.close()
-    assert content(tmp_path / "log").endswith(b"y|after")
+    assert content(tmp_path / "log") == b"x" * 4096 + b"y" * 50_000 + b"|after"
 
 
 def test_the_example(tmp_path):
@@ -1429,3 +1497,102 @@ def test_the_example(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [f"worker {n}: 2000 messages" for n in range(4)]
+
+
+# --- descriptors, processes ----------------------------------------------------------------------
+
+
+def test_with_0_to_2_closed_nothing_of_the_log_is_there(tmp_path, forked):
+    path = tmp_path / "log"
+
+    def work(ready):
+        os.closerange(0, 3)
+        log = MessageLog(path)
+        assert min(log._own.values()) > 2
+        log.append(b"short\n")
+        log.append(b"x" * 10_000)
+        os.rename(path, f"{path}.1")
+        assert log.reopen(timeout=PATIENCE)
+        log.append(b"new\n")
+        log.close()
+
+    assert forked(work).wait() == 0
+    assert content(f"{path}.1") == b"short\n" + b"x" * 10_000
+    assert content(path) == b"new\n"
+
+
+def test_close_does_not_start_loggers_without_end(tmp_path):
+    log = MessageLog(tmp_path / "log")
+    log._recent = [time.monotonic() + 100] * 100  # a hundred deaths "now", however slow this machine
+    log.append(b"x\n")
+    log.logger.kill()
+    with pytest.raises(ChildProcessError, match=r"died 101 times in a second: killed by SIGKILL; \d bytes"):
+        log.close()
+    assert (log.closed, log.restarts) == (True, 0)
+
+
+def test_without_a_process_for_a_logger_append_and_close_wait(tmp_path, forked):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become a user whose processes can be limited")
+    path = tmp_path / "log"
+    told, tell = os.pipe()
+    limit, most = resource.getrlimit(resource.RLIMIT_NPROC)
+
+    def work(ready):
+        log = MessageLog(path, capacity=4096)
+        user = user_of_its_own()
+        os.setresuid(user, user, user)
+        lifting = threading.Timer(1, resource.setrlimit, (resource.RLIMIT_NPROC, (limit, most)))
+        lifting.start()
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, most))
+        os.write(tell, b"%20d" % log.logger.pid)
+        log.logger.wait()
+        with pytest.raises(BlockingIOError):
+            log.supervise()
+        assert select.select([log], [], [], 0)[0] == [log], "it is due"
+        log.append(b"x" * 4096)
+        with pytest.raises(TimeoutError):
+            log.append(b"late", timeout=0.05)
+        log.append(b"y" * 4096)
+        lifting.join()
+        resource.setrlimit(resource.RLIMIT_NPROC, (1, most))
+        log.logger.kill()
+        log.logger.wait()
+        with pytest.raises(TimeoutError, match="there is no logger: Resource temporarily unavailable"):
+            log.close(timeout=0.05)
+        os.write(tell, b"%20d" % log.unwritten)
+
+    child = forked(work)
+    os.kill(int(os.read(told, 20)), signal.SIGKILL)
+    assert child.wait() == 0
+    written = content(path)
+    assert written == (b"x" * 4096 + b"y" * 4096)[: len(written)]
+    assert len(written) + int(os.read(told, 20)) == 8192
+    for fd in (told, tell):
+        os.close(fd)
+
+
+def test_an_event_loop_reopens_without_waiting(tmp_path):
+    path = tmp_path / "log"
+    log = MessageLog(path)
+    assert log.begin_reopen() is None
+    stop(log.logger)
+    rotate = Rotation(log)
+    rotate.rename()
+    first = log.begin_reopen(timeout=PATIENCE)
+    assert not first.done()
+    second = log.begin_reopen(timeout=PATIENCE)
+    with pytest.raises(TimeoutError, match="the old file stays"):
+        first.done()
+    log.logger.kill()
+    log.logger.wait()
+    log.supervise()
+    while not second.done():
+        second.wait()
+    assert (log.stats().files, log.stats().split) == (1, 0)
+    log.append(b"new\n")
+    log.close()
+    assert second.done()
+    with pytest.raises(ipckit.Closed):
+        second.fileno()
+    assert (content(rotate.files[0]), content(path)) == (b"", b"new\n")

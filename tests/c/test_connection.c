@@ -29,13 +29,18 @@ static ik_log open_log(int format) {
     assert(pipe2(fd, O_CLOEXEC) == 0 && memory >= 0);
     assert(fcntl(fd[1], F_SETFL, O_NONBLOCK) == 0 && fcntl(fd[1], F_SETPIPE_SZ, 4096) == 4096);
     assert(ftruncate(memory, (off_t)ik_log_shared_size()) == 0);
-    ik_log log = {
-        .reader = fd[0], .writer = fd[1], .file = -1, .acked = -1, .told = -1, .tell = -1};
+    ik_log log = {.reader = fd[0],
+                  .writer = fd[1],
+                  .handed = -1,
+                  .hand = -1,
+                  .acked = -1,
+                  .told = -1,
+                  .tell = -1};
     log.format = format;
     log.wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     log.durability = IK_LOG_NONE;
     log.shared = ik_log_map(memory);
-    assert(log.shared && ik_log_shared_init(log.shared) == 0);
+    assert(log.shared);
     close(memory);
     return log;
 }
