@@ -16,7 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ipckit._unpatched import os, signal, threading
+from ipckit._unpatched import os, signal, threading, time
 from ipckit.cli import serving
 from ipckit.cli.commands import (
     Mode,
@@ -41,6 +41,8 @@ _SPARE_DESCRIPTORS = 16  # for what is open for a moment only
 _SECONDS = Seconds()
 _COUNT = click.IntRange(min=1)
 _PORT = click.IntRange(0, 65535)
+
+_LOG_MOMENT = 1.0
 
 _SERVER_OPTIONS: "list[tuple[str, Any, str, str]]" = [
     ("--max-connections", _COUNT, "N", "Connections at a time; further ones wait."),
@@ -306,13 +308,23 @@ def serve(
         with serving.LiveView(server) if live else contextlib.nullcontext():
             _run(server, stop_timeout)
         stats = server.stats()
-        if log is not None:
-            with one_line(path):
-                log.close(timeout=stop_timeout)
+        finished = log is None or _close_log(log, server.deadline)
         if not _is_kept_by_a_thread():
             for number in taken_signals():  # asked twice: we end anyway, and with status 0
                 sigaction(number, signal.SIG_IGN)
     serving.show(stats, as_json=as_json)
+    if not finished:
+        raise click.exceptions.Exit(1)
+
+
+def _close_log(log: MessageLog, deadline: float) -> bool:
+    """Within the stop's time; a moment there is in any case, as clients may have used all of it."""
+    try:
+        log.close(timeout=max(_LOG_MOMENT, deadline - time.monotonic()))
+    except OSError as error:
+        event("log unfinished", "%s", str(error), level=logging.ERROR, unwritten=log.unwritten)
+        return False
+    return True
 
 
 def _is_kept_by_a_thread() -> bool:

@@ -21,9 +21,11 @@ leaves the backlog alone for a moment, says so once a second, and serves those i
 slow, silent, or resets costs only itself. When the server is killed its processes end with it.
 """
 
+import contextlib
 import errno
 import functools
 import logging
+import math
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,7 +37,7 @@ from ipckit._handles import Rooted
 from ipckit._native import ffi, lib
 from ipckit._unpatched import os, signal, time
 from ipckit.memory import SharedMemory
-from ipckit.messagelog import LogStats, MessageLog
+from ipckit.messagelog import LogStats, MessageLog, Reopening
 from ipckit.process import Child, Reaper, fork
 from ipckit.servers.connection import ENDS, Terms
 from ipckit.servers.listening import endpoint, notify
@@ -54,6 +56,8 @@ _TRY_NEXT = {
 # Out of descriptors, memory, processes or watches of epoll: it passes when some connection ends.
 _SHORTAGE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.ENOSPC}
 _PAUSE = 0.1
+_LOG_TICK = 1.0
+_REOPEN_TIMEOUT = 1.0
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SIGNALS = {*_STOPS, signal.SIGHUP, signal.SIGUSR1}
 
@@ -144,6 +148,12 @@ class Server(Rooted):
         self._stopping = False
         self._paused = False
         self._warned: dict[str, float] = {}  # when, by the name of the event
+        self._logger_fd = -1
+        self._reopening: Reopening | None = None
+        self._log_before: LogStats | None = None
+        self._log_waits = False
+        self.deadline = math.inf
+        """when the stop has to be over, by time.monotonic()"""
         self.loop = self._new_loop()
         """what the server waits with; ``loop.every()`` is there for who runs it"""
 
@@ -214,7 +224,10 @@ class Server(Rooted):
                     self.loop.forget(listener)
                     listener.close()
                 self._stopping = True
-                self._end(time.monotonic() + patience)
+                now = time.monotonic()
+                self.deadline = now + patience
+                # What waits for a log that stands still can't be answered: half is for the log's end.
+                self._end(now + patience / 2 if self._log_waits else self.deadline)
                 self.loop.close()
                 self._counted.close(defer=True)  # the descriptor
                 event("stopped", "stopped")
@@ -229,7 +242,7 @@ class Server(Rooted):
         self.loop.watch(signals, READ, lambda _: self._signalled(signals))
         if terminal().was_there:
             self.loop.every(LOOK_EVERY, terminal().look)
-        self._watch_logger()
+        self._tend_log()
         for listener in self.listeners:
             listener.setblocking(False)
 
@@ -262,34 +275,113 @@ class Server(Rooted):
 
     # --- the log
 
-    def _watch_logger(self) -> None:
+    def _tend_log(self) -> None:
         if self._log is not None:
-            self.loop.watch(self._log, READ, self._logger_died)
+            self.loop.every(_LOG_TICK, self._look_at_log)
+            self._watch_logger()
 
-    def _logger_died(self, _: int) -> None:
-        if self._change_log(lambda log: log.supervise()):
+    def _watch_logger(self) -> None:
+        """The present one: append() of a service in this process may have started another one."""
+        assert self._log is not None
+        fd = self._log.fileno()
+        if self._logger_fd != fd:
+            self._forget_logger()
+            self._logger_fd = fd
+            self.loop.watch(fd, READ, self._logger_died)
+
+    def _forget_logger(self) -> None:
+        fd, self._logger_fd = self._logger_fd, -1
+        if self.loop.handlers.get(fd) == self._logger_died:
+            with contextlib.suppress(OSError):  # it has been closed
+                self.loop.forget(fd)
+
+    def _logger_died(self, _: int = 0) -> None:
+        """Start another one; if that can't be now the log waits, and all else goes on."""
+        assert self._log is not None
+        self._forget_logger()  # or its end would wake us without end
+        try:
+            replaced = self._log.supervise()
+        except OSError as error:
+            if error.errno not in _SHORTAGE:
+                raise
+            self._warn(
+                "shortage", "logger: %s; the log waits", error.strerror, call="logger", error=error.strerror
+            )
+            self.loop.after(_PAUSE, self._logger_died)
+            return
+        self._watch_logger()
+        if replaced:
             event("logger died", "the logger died; another one goes on", level=logging.WARNING)
 
     def _reopen(self) -> None:
+        """Offer the logger the new file; that it has gone over is seen by the loop."""
         if self._log is None:
             return
         notify("RELOADING=1")
         try:
-            self._change_log(lambda log: log.reopen())
+            change = self._log.begin_reopen(timeout=_REOPEN_TIMEOUT)
         except OSError as error:
-            event("log kept", "the log can't be reopened: %s", str(error), level=logging.ERROR)
+            self._end_reopening(str(error))
+            return
+        if change is None:
+            self._end_reopening()
+        else:
+            self._forget_reopening()
+            self._reopening = change
+            self.loop.watch(change, READ, self._reopened)
+            self._end_in_time(change, _REOPEN_TIMEOUT)
+
+    def _end_in_time(self, change: Reopening, seconds: float) -> None:
+        def look() -> None:
+            if self._reopening is change:
+                self._reopened()
+                self._end_in_time(change, _PAUSE)  # a loop's clock may be ahead of the log's
+
+        if self._reopening is change:
+            self.loop.after(seconds, look)
+
+    def _reopened(self, _: int = 0) -> None:
+        assert self._reopening is not None
+        try:
+            if self._reopening.done():
+                self._end_reopening()
+        except OSError as error:
+            self._end_reopening(str(error))
+
+    def _end_reopening(self, error: str = "") -> None:
+        assert self._log is not None
+        self._forget_reopening()
+        if error:
+            event("log kept", "the log can't be reopened: %s", error, level=logging.ERROR)
         else:
             event("log reopened", "the log %s is open again", self._log.path)
         notify("READY=1")
 
-    def _change_log(self, change: Callable[[MessageLog], _T]) -> _T:
-        """The logger's descriptor is another one after this."""
+    def _forget_reopening(self) -> None:
+        if self._reopening is not None:
+            self.loop.forget(self._reopening)
+            self._reopening = None
+
+    def _look_at_log(self) -> None:
+        """Say so once a second while the log waits, and when it goes on again."""
         assert self._log is not None
-        self.loop.forget(self._log)
-        try:
-            return change(self._log)
-        finally:
-            self._watch_logger()
+        if self._log.closed:
+            return
+        self._watch_logger()
+        now, before = self._log.stats(), self._log_before
+        self._log_before = now
+        why = _why_it_waits(before, now)
+        if why:
+            text = "the log waits: %s; %d bytes are not in its file"
+            fields = {"error": why, "errno": now.error, "backlog": now.backlog}
+            event("log waits", text, why, now.backlog, level=logging.WARNING, **fields)
+        elif self._log_waits:
+            event("log goes on", "the log goes on", level=logging.WARNING)
+        self._log_waits = bool(why)
+        if now.sync_error and (before is None or now.sync_error != before.sync_error):
+            text = "the log is not synced any more: %s; rename the file and send SIGHUP"
+            error = os.strerror(now.sync_error)
+            event("log not synced", text, error, level=logging.ERROR, error=error, errno=now.sync_error)
 
     # --- accepting
 
@@ -400,6 +492,17 @@ class Server(Rooted):
             replaced=self._replaced,
             log=self._log.stats() if self._log else None,
         )
+
+
+def _why_it_waits(before: LogStats | None, now: LogStats) -> str:
+    """What keeps the log from its file, or ""."""
+    if now.error:
+        return os.strerror(now.error)
+    if before is None or not before.backlog or not now.backlog:
+        return ""
+    # Another logger may have ended with bytes that it had not counted: they differ then, too.
+    stands_still = now.bytes - now.backlog == before.bytes - before.backlog
+    return "its file system or its logger stands still" if stands_still else ""
 
 
 def taken_signals() -> "set[signal.Signals]":
