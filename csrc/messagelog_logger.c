@@ -391,8 +391,8 @@ static void run(ik_log *log) {
             acknowledge(log);
         int ready = await_work(log);
         int64_t n = ready & POLLIN || is_under_way(log) ? move(log) : 0;
-        if (log->durability == IK_LOG_NONE && n > 0 && n < SMALL_MOVE)
-            nap(MOMENT_NS);
+        if (log->durability == IK_LOG_NONE && n > 0 && n < SMALL_MOVE && !somebody_asked(log))
+            ik_wait_fd(log->wake, POLLIN, ik_wait_now() + MOMENT_NS); /* or for one who asks */
         if (!(ready & POLLIN) && ready & POLLHUP && !is_under_way(log) && !have_message(log))
             return;
     }
