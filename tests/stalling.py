@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, eventually
+from conftest import PATIENCE
 
 # Operations, from linux/fuse.h.
 LOOKUP, FORGET, GETATTR, SETATTR, OPEN, READ, WRITE, RELEASE, FSYNC, FLUSH = (
@@ -138,11 +138,6 @@ class _Disk:
             failure, data = (-answer, b"") if isinstance(answer, int) else (0, answer)
             with contextlib.suppress(OSError):  # who asked was killed meanwhile
                 os.write(self.device, struct.pack("<IiQ", 16 + len(data), failure, unique) + data)
-
-
-def wait_answered(path):
-    """Until the file system serves again."""
-    eventually(lambda: os.path.exists(path))
 
 
 if __name__ == "__main__":
