@@ -23,7 +23,8 @@ def work(tasks: Queue, results: Queue, killed: AnEvent) -> None:
 
 
 if __name__ == "__main__":
-    with Queue() as tasks, Queue() as results:
+    # A producer of results too, or they would end when the only worker that has begun is killed.
+    with Queue() as tasks, Queue(role="producer") as results:
         killed = Event()
         workers = [Process(target=work, args=(tasks, results, killed)) for _ in range(3)]
         for worker in workers:

@@ -287,7 +287,7 @@ def test_in_another_thread_it_takes_no_signals_and_stop_ends_it():
 
 
 SERVE = "{python} -m ipckit serve --port 0 --no-keyboard --model epoll --json --log {path}/log"
-INTO = " >{path}/out 2>{path}/events </dev/null"
+INTO = " >{path}/events 2>{path}/errors </dev/null"
 
 
 class Bash:

@@ -16,6 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ipckit import _procfs
 from ipckit._unpatched import os, signal, threading, time
 from ipckit.cli import serving
 from ipckit.cli.commands import (
@@ -347,7 +348,7 @@ def _name_processes() -> None:
 
 
 def _name_process(name: str) -> None:
-    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:  # no /proc: no name
+    with contextlib.suppress(OSError), open(_procfs.path("self/comm"), "w") as comm:  # no /proc: no name
         comm.write(name)
 
 

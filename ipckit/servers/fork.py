@@ -13,24 +13,22 @@ import socket
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from ipckit._arguments import INT_MAX, integer
 from ipckit._native import ffi, lib
 from ipckit._spawner import CONNECTION, Spawner
 from ipckit._unpatched import os
 from ipckit.messagelog import MessageLog
-from ipckit.process import Child, Reaper
+from ipckit.process import Child
+from ipckit.servers.children import ChildServer, fork_child
 from ipckit.servers.connection import ENDS, Connection, accept, new_block
 from ipckit.servers.loop import READ
-from ipckit.servers.server import Server, fork_server_child
 
 __all__ = ["ForkServer"]
 
 
-class ForkServer(Server):
+class ForkServer(ChildServer):
     """Serve each connection by a process of its own.
 
-    Args: max_children: at that many connections at a time the next ones wait in the backlog.
-        The others: see Server.
+    Args: see ChildServer.
     """
 
     model: ClassVar[str] = "fork"
@@ -39,14 +37,9 @@ class ForkServer(Server):
         self,
         listeners: "socket.socket | Sequence[socket.socket]",
         log: MessageLog | None = None,
-        *,
-        max_children: int = 64,
         **options: Any,
     ) -> None:
-        max_children = integer(max_children, "max_children", 1, INT_MAX)
         super().__init__(listeners, log, **options)
-        self._max_connections = min(max_children, self._max_connections)
-        self._reaper = Reaper()
         self._clients: dict[Child, tuple[int, str]] = {}
         self._held = False  # a connection is accepted, but not forked for yet
         self._spawner = Spawner()
@@ -58,9 +51,6 @@ class ForkServer(Server):
 
     def _open(self) -> int:
         return len(self._reaper) + self._held
-
-    def _workers(self) -> int:
-        return len(self._reaper)
 
     def _begin(self) -> None:
         self.loop.watch(self._reaper, READ, self._reap)
@@ -82,7 +72,7 @@ class ForkServer(Server):
         connection = Connection(self._terms, self._native, None)
         number, peer = connection.number, connection.peer
         self._started(connection)
-        if self._adopt(self._reaper, child):
+        if self._adopt(child):
             self._clients[child] = (number, peer)
         else:
             self._killed += 1
@@ -93,7 +83,7 @@ class ForkServer(Server):
         if self._terms.native_service:
             fds = (self._native.socket, self._counted.fileno(), *self._terms.log_descriptors)
             return self._spawner.start(CONNECTION, self._job, fds)
-        return fork_server_child(self._serve_in_child)
+        return fork_child(self._serve_in_child)
 
     def _serve_in_child(self) -> int:
         for listener in self.listeners:
@@ -122,4 +112,4 @@ class ForkServer(Server):
         if self._held:
             self._let_go()
         self._spawner.close()
-        self._end_children(self._reaper, deadline)
+        self._end_children(deadline)

@@ -20,11 +20,12 @@ from ipckit._arguments import INT_MAX, integer
 from ipckit._native import lib
 from ipckit._unpatched import os, signal, time
 from ipckit.messagelog import MessageLog
-from ipckit.process import Child, ExitStatus, Reaper
+from ipckit.process import Child, ExitStatus
+from ipckit.servers.children import ChildServer
 from ipckit.servers.connection import ENDS
 from ipckit.servers.loop import READ
 from ipckit.servers.scoreboard import Backoff, Events, Scoreboard
-from ipckit.servers.server import Server, event, tells_of_connections
+from ipckit.servers.server import event, tells_of_connections
 from ipckit.servers.worker import Maker, Worker
 
 __all__ = ["PreforkServer"]
@@ -33,13 +34,12 @@ _SHRINK_EVERY = 0.1  # seconds
 _CALM = 1.0  # seconds since it last grew; clients come in waves
 
 
-class PreforkServer(Server):
+class PreforkServer(ChildServer):
     """Serve each connection by one of a pool of processes, which wait for clients before those come.
 
     Args: min_spare: so many idle workers wait for clients; when fewer do, more are forked at once.
         max_spare: of more idle ones than that one is retired each 100 ms, from a second after the last
             fork on; None: twice min_spare.
-        max_children: workers, and so connections, at a time; the next ones wait in the backlog.
         max_requests: a worker ends by itself after so many connections, or up to a quarter fewer, so
             that not all end together; 0: never. The others: see Server.
 
@@ -57,7 +57,6 @@ class PreforkServer(Server):
         *,
         min_spare: int = 4,
         max_spare: int | None = None,
-        max_children: int = 64,
         max_requests: int = 0,
         **options: Any,
     ) -> None:
@@ -65,16 +64,13 @@ class PreforkServer(Server):
         max_spare = (
             2 * min_spare if max_spare is None else integer(max_spare, "max_spare", min_spare, INT_MAX)
         )
-        max_children = integer(max_children, "max_children", 1, INT_MAX)
         max_requests = integer(max_requests, "max_requests", 0, INT_MAX)
         super().__init__(listeners, log, **options)
         if len(self.listeners) > lib.IK_PREFORK_LISTENERS:
             raise ValueError(f"at most {lib.IK_PREFORK_LISTENERS} listeners, not {len(self.listeners)}")
-        self._max_connections = min(max_children, self._max_connections)
         self._min_spare, self._max_spare, self._max_requests = min_spare, max_spare, max_requests
         self._board = Scoreboard(self._max_connections, min_spare)
         self._backoff = Backoff()
-        self._reaper = Reaper()
         self._pool: dict[Child, Worker] = {}
         self._newest: Worker | None = None
         self._owed = 0  # workers that died and are not replaced yet
@@ -86,9 +82,6 @@ class PreforkServer(Server):
 
     def _open(self) -> int:
         return self._board.busy()
-
-    def _workers(self) -> int:
-        return len(self._reaper)
 
     def _begin(self) -> None:
         bell = self._hang_bell()
@@ -134,7 +127,7 @@ class PreforkServer(Server):
         self._grew = time.monotonic()
         assert self._maker is not None
         worker = self._maker.make(self._grew)
-        if not self._adopt(self._reaper, worker.child):
+        if not self._adopt(worker.child):
             self._board.free(worker.index)
             return None
         self._newest = self._pool[worker.child] = worker
@@ -220,7 +213,7 @@ class PreforkServer(Server):
     def _end(self, deadline: float) -> None:
         if self._maker is not None:
             self._maker.close()
-        self._end_children(self._reaper, deadline)
+        self._end_children(deadline)
         self._tell_events()
         for file in (self._bell, self._events):
             if file:

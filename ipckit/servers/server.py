@@ -26,6 +26,7 @@ import errno
 import functools
 import logging
 import math
+import mmap
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,17 +37,15 @@ from ipckit._arguments import INT_MAX, LONG_MAX, duration, integer
 from ipckit._handles import Rooted
 from ipckit._native import ffi, lib
 from ipckit._unpatched import os, signal, time
-from ipckit.memory import SharedMemory
 from ipckit.messagelog import LogStats, MessageLog, Reopening
-from ipckit.process import Child, Reaper, fork
 from ipckit.servers.connection import ENDS, Terms
 from ipckit.servers.listening import endpoint, notify
 from ipckit.servers.loop import READ, Loop, delay
 from ipckit.servers.service import EchoService, Service
 from ipckit.servers.terminal import LOOK_AGAIN, LOOK_EVERY, terminal
-from ipckit.signals import SelfPipe, blocked, is_main_thread
+from ipckit.signals import SelfPipe, is_main_thread
 
-__all__ = ["Server", "ServerStats", "fork_server_child", "taken_signals"]
+__all__ = ["SIGNALS", "Server", "ServerStats", "taken_signals"]
 
 # accept(2): errors of the one connection, not of the listener; the next one may do.
 _TRY_NEXT = {
@@ -59,7 +58,7 @@ _PAUSE = 0.1
 _LOG_TICK = 1.0
 _REOPEN_TIMEOUT = 1.0
 _STOPS = {signal.SIGTERM, signal.SIGINT}
-_SIGNALS = {*_STOPS, signal.SIGHUP, signal.SIGUSR1}
+SIGNALS = {*_STOPS, signal.SIGHUP, signal.SIGUSR1}
 
 _log = logging.getLogger("ipckit.servers")
 _T = TypeVar("_T")
@@ -137,8 +136,7 @@ class Server(Rooted):
         if not self.listeners:
             raise ValueError("a server needs at least one listening socket")
         self._log = log
-        self._counted = SharedMemory(ffi.sizeof("ik_server_counters"))  # with the children
-        self._counters = ffi.from_buffer("ik_server_counters *", self._counted.buf)
+        self._counters = ffi.from_buffer("ik_server_counters *", self._new_counters())
         self._terms = Terms(
             service, log, self._counters, idle_timeout=idle, total_timeout=total, max_output=max_output
         )
@@ -171,6 +169,10 @@ class Server(Rooted):
         return found
 
     # --- what a model says
+
+    def _new_counters(self) -> Any:
+        """Memory for the counters, zeroed, which forked children share."""
+        return mmap.mmap(-1, ffi.sizeof("ik_server_counters"))
 
     def _new_loop(self) -> Loop:
         """What to wait with: poll(2), unless the model says something else."""
@@ -229,7 +231,6 @@ class Server(Rooted):
                 # What waits for a log that stands still can't be answered: half is for the log's end.
                 self._end(now + patience / 2 if self._log_waits else self.deadline)
                 self.loop.close()
-                self._counted.close(defer=True)  # the descriptor
                 event("stopped", "stopped")
 
     def stop(self) -> None:
@@ -434,27 +435,6 @@ class Server(Rooted):
         else:
             self._listen()
 
-    # --- children
-
-    def _adopt(self, reaper: Reaper, child: Child) -> bool:
-        """Have *reaper* wait for it; False if no more can be watched: then it has been ended."""
-        if self._try("wait for a child", lambda: reaper.add(child)):
-            return True
-        child.kill()
-        child.wait()
-        child.close()
-        return False
-
-    def _end_children(self, reaper: Reaper, deadline: float) -> None:
-        """Have them answer what has come, and end; kill those that have not at *deadline*."""
-        reaper.send_signal(signal.SIGTERM)
-        while len(reaper) and time.monotonic() < deadline:
-            self.loop.turn(deadline)
-        reaper.send_signal(signal.SIGKILL)
-        while len(reaper):
-            self.loop.turn()
-        reaper.close()
-
     # --- telling
 
     def _warn(self, name: str, text: str, *args: object, **fields: object) -> None:
@@ -508,17 +488,7 @@ def _why_it_waits(before: LogStats | None, now: LogStats) -> str:
 def taken_signals() -> "set[signal.Signals]":
     """Those of the module's table; an ignored SIGHUP stays so, here and in what a service starts."""
     is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return _SIGNALS - {signal.SIGHUP} if is_ignored else _SIGNALS
-
-
-def fork_server_child(target: Callable[[], int]) -> Child:
-    """A child for a service in Python, which dies with us.
-
-    The signals of the module's table wait until ``ik_connection_guard()``: before, they would have their
-    default action.
-    """
-    with blocked(_SIGNALS):
-        return fork(target, die_with_parent=True)
+    return SIGNALS - {signal.SIGHUP} if is_ignored else SIGNALS
 
 
 def tells_of_connections() -> bool:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from ipckit._native import ffi, lib
 from ipckit._spawner import WORKER, Spawner
 from ipckit.process import Child
+from ipckit.servers.children import fork_child
 from ipckit.servers.connection import Connection, Terms, new_block
 from ipckit.servers.scoreboard import Scoreboard
-from ipckit.servers.server import fork_server_child
 
 __all__ = ["Maker", "Worker"]
 
@@ -75,7 +75,7 @@ class Maker:
     def _fork(self) -> Child:
         if self._terms.native_service:
             return self._spawner.start(WORKER, self._job, self._fds)
-        return fork_server_child(self._work)
+        return fork_child(self._work)
 
     def _work(self) -> int:
         """The life of a worker whose service is in Python."""
