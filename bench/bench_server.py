@@ -2,14 +2,14 @@
 """Measure every model of ``ipckit serve`` against servers in C, of the standard library, and on uvloop.
 
     python bench/bench_server.py [--quick] [--only TEXT] [--rounds N] [--seconds S] [--csv FILE]
-                                 [--picture FILE]
+                                 [--picture FILE] [--against FOLDER]
     python bench/bench_server.py --growth [--quick] [--rounds N] [--seconds S] [--csv FILE]
 
 Each round starts every server in turn, loads it with short connections (connect, echo 64 bytes, close)
 and with long ones (16 of them, each sending a message when the one before is back), stops it, and
 compares the size of its log with what was echoed. Ratios are taken within a round, because the machine
 may be faster or slower in the next; the table shows the medians. The load is made by this process,
-which takes one processor.
+which takes one processor. With --against each of ours has its turn beside the same one of another commit.
 """
 
 import argparse
@@ -69,6 +69,29 @@ def ours(model: str, variant: str = "", *options: str) -> Server:
     return Server(f"ipckit, {model}{variant}", OURS, command, trouble=missing, **clients)
 
 
+def before(server: Server, folder: Path) -> Server:
+    """The same server, of the checkout in *folder*, where it was built."""
+    options = server.command[server.command.index("serve") :]
+    return Server(
+        f"before: {server.name}", PEER, [str(folder / ".venv/bin/ipckit"), *options], clients=server.clients
+    )
+
+
+def beside(those: "list[Server]", folder: "Path | None") -> "list[Server]":
+    """Each of ours followed by the one of *folder*."""
+    if folder is None:
+        return those
+    pairs = ([server, before(server, folder)] if server.kind == OURS else [server] for server in those)
+    return [one for pair in pairs for one in pair]
+
+
+def targets_against(those: "list[Server]") -> "list[Target]":
+    """No model may be slower than it was: fork not at all for connections, and echoes by 3 % at the most."""
+    was = {server.name: f"before: {server.name}" for server in those if server.kind == OURS}
+    forks = [Target("ipckit, fork", "connections", 1, "before: ipckit, fork")]
+    return forks + [Target(ours, "echoes", 0.97, theirs) for ours, theirs in was.items()]
+
+
 def in_c(model: str) -> Server:
     return Server(f"C, {model}", FLOOR, [str(PROGRAMS / f"{model}_server"), "0", "LOG"])
 
@@ -111,7 +134,7 @@ def play(taking_part: list[Server], rounds: int, seconds: float) -> None:
 
 
 def compare(chosen: argparse.Namespace) -> None:
-    everybody = servers()
+    everybody = beside(servers(), chosen.against)
     named = {server.name: server for server in everybody}
     taking_part = [server for server in everybody if chosen.only in server.name or server.name == YARDSTICK]
     try:
@@ -120,6 +143,8 @@ def compare(chosen: argparse.Namespace) -> None:
         print("interrupted; this is what was measured", file=sys.stderr)
     report.print_table(taking_part, named[YARDSTICK])
     report.print_targets(TARGETS, named)
+    if chosen.against:
+        report.print_targets(targets_against(everybody), named)
     if chosen.csv:
         report.write_csv(taking_part, named[YARDSTICK], chosen.csv)
     if chosen.picture:
@@ -152,6 +177,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="servers whose name contains this, and the C, fork one")
     parser.add_argument(
         "--growth", action="store_true", help="measure epoll (or --only) with 10 to 10,000 connections held"
+    )
+    parser.add_argument(
+        "--against", type=Path, help="a checkout of another commit, built: compare with its servers"
     )
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it works")
     parser.add_argument("--csv", type=Path, help="write all figures to this file")
