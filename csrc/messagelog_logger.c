@@ -116,11 +116,15 @@ static void nap(int64_t ns) {
 /* Full disk, quota, file size limit, I/O error: wait and try again; the pipe keeps the rest and
  * makes the writers wait. */
 static void pause_for(ik_log *log, int64_t rc, int64_t until_ns) {
-    if (rc == -EAGAIN || rc == -EINTR)
+    int64_t now = ik_wait_now(), until = earlier(until_ns, now + SLICE_NS);
+    if (rc == -EINTR)
         return;
+    if (rc == -EAGAIN) { /* no file, but a stream that is full; a file never is */
+        ik_wait_fd(log->file, POLLOUT, until);
+        return;
+    }
     atomic_store_explicit(&log->shared->error, (int)-rc, memory_order_relaxed);
-    int64_t now = ik_wait_now();
-    nap(earlier(until_ns, now + SLICE_NS) - now);
+    nap(until - now);
 }
 
 /* Where the file system can't splice, bytes pass through here, and a kill between the read and the
@@ -142,7 +146,7 @@ static int64_t copy_some(ik_log *log, int64_t most) {
 static int64_t store(ik_log *log) {
     int64_t most = staged(log);
     /* The end, each time: somebody may have truncated the file to rotate it. */
-    if (lseek(log->file, 0, SEEK_END) < 0)
+    if (lseek(log->file, 0, SEEK_END) < 0 && errno != ESPIPE)
         return -errno;
     int64_t n = logger.copying ? copy_some(log, most)
                                : splice(log->staging_reader, NULL, log->file, NULL, (size_t)most,

@@ -68,6 +68,16 @@ def open_file(path: str, *, synced: bool, patience: float = 0.0, but: Identity |
     return fd
 
 
+def copy_of_stream(fd: int, *, synced: bool) -> int:
+    """A copy of a descriptor of no file, but of a pipe, a socket or a terminal; who reads that keeps it."""
+    what = f"descriptor {fd}"
+    if synced:
+        raise ValueError(f"durability 'synced' is of a file, and {what} is given in place of its path")
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        raise OSError(errno.EINVAL, "a log that is a file must be given by its path", what)
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
 def _refuse_strangers(fd: int, path: str) -> None:
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode):

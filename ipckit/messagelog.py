@@ -30,21 +30,29 @@ Rotation: rename the file, then ``reopen()``, as a server does on SIGHUP. The lo
 new file between two messages.
 """
 
-import base64
 import contextlib
 import errno
 import fcntl
-import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import _spawner, wait
 from ipckit._arguments import INT_MAX, Buffer, check_buffer, integer, seconds
 from ipckit._handles import Rooted, finalizer
-from ipckit._logfile import above_standard, end_torn_tail, eventfd, identity_of, open_file, packets, pipe
+from ipckit._logfile import (
+    above_standard,
+    copy_of_stream,
+    end_torn_tail,
+    eventfd,
+    identity_of,
+    open_file,
+    packets,
+    pipe,
+)
 from ipckit._native import ffi, lib
+from ipckit._records import Record, records
 from ipckit._unpatched import os, select, threading, time
 from ipckit.errors import Closed, check
 from ipckit.process import Child, fork_native
@@ -105,18 +113,6 @@ class LogStats:
     """times that reopen() went over to another file"""
     split: int
     """of these, those that could not wait for the end of a message"""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One message of a log in record format."""
-
-    time: float
-    """seconds since the epoch"""
-    peer: str
-    connection: int
-    """0 if none was given"""
-    data: bytes
 
 
 class Append(Rooted):
@@ -331,7 +327,8 @@ class MessageLog(LogWriter):
 
     Args: path: created with mode 0600 if missing, appended to otherwise. Refused: symbolic links, FIFOs
             and other non-files, files of other users, files with more than one link, and a file
-            that another log writes now.
+            that another log writes now. Or the number of a descriptor that is no file (a pipe, a
+            socket, a terminal), of which a copy is used: then there is no reopen(), and no "synced".
         format: "raw" or "record" (see the module).
         durability: "none", "written" or "synced" (see the module).
         capacity: the size of each of the two pipes in bytes; the kernel rounds it up, and keeps its
@@ -354,7 +351,7 @@ class MessageLog(LogWriter):
 
     def __init__(
         self,
-        path: "str | os.PathLike[str]",
+        path: "str | os.PathLike[str] | int",
         *,
         format: str = "raw",
         durability: str = "none",
@@ -366,7 +363,7 @@ class MessageLog(LogWriter):
                 raise ValueError(f"{option} must be one of {', '.join(known)}, not {value!r}")
         capacity = integer(capacity, "capacity", 1, INT_MAX)
         patience = seconds(lock_timeout, "lock_timeout")
-        self.path = os.fspath(path)
+        self.path = f"descriptor {path}" if isinstance(path, int) else os.fspath(path)
         self.format = format
         self.durability = durability
         self.restarts = 0
@@ -376,23 +373,34 @@ class MessageLog(LogWriter):
         self._recent: list[float] = []
         self._logger: Child | None = None
         self._owner = os.getpid()
-        self._absolute = os.path.abspath(self.path)  # for reopen(), after a chdir() too
+        # For reopen(), after a chdir() too.
+        self._absolute = None if isinstance(path, int) else os.path.abspath(self.path)
         self._number = 0  # of the file in use
         self._files = 0  # after the first
         self._change: Reopening | None = None
         self._guard = threading.RLock()
         self._guarded = False
         with contextlib.ExitStack() as undo:
-            self._own = {"next": open_file(self.path, synced=durability == "synced", patience=patience)}
+            self._own = {"next": self._open(path, patience)}
             undo.callback(self._close_all)
             self._identity = identity_of(self._own["next"])
-            self._torn_at_open = end_torn_tail(self._own["next"], self.path) if format == "record" else 0
+            self._torn_at_open = self._end_torn_tail(self._own["next"])
             self._open_descriptors(capacity)
             self._attach()
             self._park()
             self._logger = self._start_logger()
             undo.pop_all()
         _logs.add(self)
+
+    def _open(self, path: "str | os.PathLike[str] | int", patience: float) -> int:
+        synced = self.durability == "synced"
+        if isinstance(path, int):
+            return copy_of_stream(integer(path, "path", 0, INT_MAX), synced=synced)
+        return open_file(self.path, synced=synced, patience=patience)
+
+    def _end_torn_tail(self, fd: int) -> int:
+        is_file = self._absolute is not None
+        return end_torn_tail(fd, self.path) if is_file and self.format == "record" else 0
 
     def _open_descriptors(self, capacity: int) -> None:
         own = self._own
@@ -541,13 +549,14 @@ class MessageLog(LogWriter):
             if not alone:
                 raise RuntimeError(f"a signal handler interrupted a change of the log {self.path}")
             self._settle()
+            if self._absolute is None:
+                raise OSError(errno.EINVAL, "the log has no path to be opened again", self.path)
             fd = open_file(self._absolute, synced=self.durability == "synced", but=self._identity)
             if fd < 0:
                 return None
             self._own["next"] = fd
             try:
-                if self.format == "record":
-                    self._torn_at_open += end_torn_tail(fd, self.path)
+                self._torn_at_open += self._end_torn_tail(fd)
                 check(lib.ik_log_offer(self.native, fd, until_ns), self.path)
             except BaseException:
                 self._settle()
@@ -770,33 +779,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def records(
-    path: "str | os.PathLike[str]", *, on_torn: Callable[[int, bytes], object] | None = None
-) -> Iterator[Record]:
-    """The messages of a log in record format, in order; the file may grow meanwhile.
-
-    Lines that are no whole record (power was lost, or one was split: see ``reopen()``) are passed
-    over; *on_torn* is called with their line number and bytes.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            record = _parse(line)
-            if record is not None:
-                yield record
-            elif line != b"\n" and on_torn is not None:
-                on_torn(number, line)
-
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        fields = json.loads(line)
-        if "text" in fields:
-            data = fields["text"].encode()
-        else:
-            data = base64.b64decode(fields["base64"], validate=True)
-        whole = len(data) == fields["length"]
-        return Record(fields["time"], fields["peer"], fields.get("connection", 0), data) if whole else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None

@@ -331,6 +331,52 @@ def test_the_mode_of_socket_files(tmp_path, given, mode):
     assert "'rw-rw----' is no mode in octal" in errors
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--json",), "--log - and --json both want standard output"),
+        (
+            ("--durability", "synced"),
+            "--durability synced is of a file; nothing is synced through standard output",
+        ),
+    ],
+)
+def test_what_standard_output_can_not_be(tmp_path, options, why):
+    status, out, errors = run("serve", "--log", "-", *options, cwd=tmp_path)
+    assert status == 2 and why in out + errors
+    with open(tmp_path / "file", "w") as file:
+        done = subprocess.run(
+            [*IPCKIT, "serve", "-l", "-"], stdout=file, stderr=subprocess.PIPE, text=True, timeout=PATIENCE
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "standard output is a file: name it, by --log FILE" in done.stderr
+
+
+@pytest.mark.parametrize("durability", ["none", "written"])
+def test_a_log_on_standard_output(tmp_path, durability):
+    """Nothing else is there; a rotation is refused, and changes nothing."""
+    command = [*IPCKIT, "serve", "-u", "s", "-l", "-", "--durability", durability, "-v"]
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        while "logging to standard output" not in server.stderr.readline():
+            pass
+        with connect(str(tmp_path / "s")) as client:
+            assert exchange(client, b"one\n") == b"one\n"
+            server.send_signal(signal.SIGHUP)
+            while "the log can't be reopened" not in server.stderr.readline():
+                pass
+            assert exchange(client, b"two\n") == b"two\n"
+        server.terminate()
+        out, _ = server.communicate(timeout=PATIENCE)
+        assert (server.returncode, out) == (0, "one\ntwo\n")
+
+
 # --- what it takes from the machine -----------------------------------------------------------------
 
 

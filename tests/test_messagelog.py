@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import procfs
 import pytest
 from conftest import PATIENCE, eventually
 from hypothesis import given, settings
@@ -1596,3 +1597,60 @@ def test_an_event_loop_reopens_without_waiting(tmp_path):
     with pytest.raises(ipckit.Closed):
         second.fileno()
     assert (content(rotate.files[0]), content(path)) == (b"", b"new\n")
+
+
+# --- a descriptor in place of a path -------------------------------------------------------------
+
+
+def test_a_log_into_a_pipe_waits_for_its_reader(tmp_path):
+    """It is full for long; all comes in order, and no logger spins meanwhile."""
+    reader, writer = os.pipe()
+    lines = [b"%d\n" % number for number in range(60_000)]
+    with MessageLog(writer, durability="none") as log:
+        assert log.path == f"descriptor {writer}"
+        os.close(writer)  # the log has a copy
+        for line in lines:
+            log.append(line)
+        eventually(lambda: log.stats().backlog > 0 and procfs.asleep(log.logger.pid))
+        got = bytearray()
+        while len(got) < len(b"".join(lines)):
+            got += os.read(reader, 1 << 16)
+        with pytest.raises(OSError, match=r"no path to be opened again.*'descriptor") as caught:
+            log.reopen()
+        assert caught.value.errno == errno.EINVAL
+        log.logger.kill()
+        log.append(b"another logger\n")
+        log.supervise()
+        got += os.read(reader, 1 << 16)
+    assert bytes(got) == b"".join(lines) + b"another logger\n"
+    assert os.read(reader, 1) == b"", "nobody has it open any more"
+    os.close(reader)
+
+
+def test_a_reader_of_the_log_that_goes_away_is_told(tmp_path):
+    reader, writer = os.pipe()
+    log = MessageLog(writer)
+    os.close(writer)
+    os.close(reader)
+    log.append(b"lost\n")
+    eventually(lambda: log.stats().error == errno.EPIPE)
+    with pytest.raises(OSError, match="5 bytes"):
+        log.close(timeout=0.1)
+
+
+def test_what_can_not_be_given_in_place_of_a_path(tmp_path):
+    with open(tmp_path / "file", "w") as file:
+        with pytest.raises(
+            OSError, match=f"must be given by its path.*'descriptor {file.fileno()}'"
+        ) as caught:
+            MessageLog(file.fileno())
+        assert caught.value.errno == errno.EINVAL
+        number = file.fileno()
+    with pytest.raises(OSError) as caught:
+        MessageLog(number)
+    assert caught.value.errno == errno.EBADF
+    reader, writer = os.pipe()
+    with pytest.raises(ValueError, match=f"'synced' is of a file, and descriptor {writer} is given"):
+        MessageLog(writer, durability="synced")
+    os.close(reader)
+    os.close(writer)

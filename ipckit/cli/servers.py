@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import resource
 import socket
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,12 +70,19 @@ _SERVER_OPTIONS: "list[tuple[str, Any, str, str]]" = [
 _Command = Callable[..., None]
 
 
-def _log_option(text: str) -> Callable[[_Command], _Command]:
+class _LogPath(click.Path):
+    """A file, or - for standard output."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, allow_dash=True)
+
+
+def _log_option(text: str, kind: click.Path) -> Callable[[_Command], _Command]:
     return click.option(
         "-l",
         "--log",
         "path",
-        type=click.Path(dir_okay=False),
+        type=kind,
         default="echomsg.txt",
         show_default=True,
         help=text,
@@ -205,7 +213,11 @@ def _keyword(option: str) -> str:
     help="Permissions of the socket files, as of chmod; who may write may connect.  [default: 600]",
 )
 @click.option("--activated", is_flag=True, help="Listen on the sockets that systemd passes (LISTEN_FDS).")
-@_log_option("The file to which each message is appended; a server has one of its own.")
+@_log_option(
+    "The file to which each message is appended; a server has one of its own. -: standard output, for a "
+    "journal or a pipe.",
+    _LogPath(),
+)
 @click.option("--no-log", is_flag=True, help="Log no messages.")
 @click.option(
     "--format",
@@ -290,6 +302,8 @@ def serve(
         raise Refused("--keyboard prints what is typed on standard output, which is all JSON with --json")
     if no_log:
         _refuse_log_options()
+    elif path == "-":
+        _refuse_for_stdout(durability, as_json)
     given = _check(model, options, keyboard, live or as_json)
     _name_processes()
     if not as_json:
@@ -339,6 +353,18 @@ def _refuse_log_options() -> None:
     for name in ("durability", "format"):
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise Refused(f"--{name} says how to log, and --no-log that nothing is logged")
+
+
+def _refuse_for_stdout(durability: str, as_json: bool) -> None:
+    """Of --log -: who reads it rotates and syncs it; a file is locked and rotated by its name."""
+    if as_json:
+        raise Refused("--log - and --json both want standard output")
+    if durability == "synced":
+        raise Refused("--durability synced is of a file; nothing is synced through standard output")
+    if stat.S_ISREG(os.fstat(1).st_mode):
+        raise Refused(
+            "--log - is for a pipe or a journal, and standard output is a file: name it, by --log FILE"
+        )
 
 
 def _name_processes() -> None:
@@ -410,7 +436,7 @@ def _listeners(
 
 def _open_log(path: str, format: str, durability: str) -> MessageLog:
     with one_line(path):
-        return MessageLog(path, format=format, durability=durability)
+        return MessageLog(1 if path == "-" else path, format=format, durability=durability)
 
 
 def _made(
@@ -477,7 +503,7 @@ def client(address: "tuple[str, ...]", unix: str | None) -> None:
     show_default=True,
     help="Messages of each.",
 )
-@_log_option("The file to which each message is appended.")
+@_log_option("The file to which each message is appended.", click.Path(dir_okay=False))
 def demo(clients: int, messages: int, path: str) -> None:
     """Run the echo server with real clients, verify its log.
 
