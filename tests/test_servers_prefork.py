@@ -325,7 +325,8 @@ def test_a_crash_loop_stops_the_server(start_pool, capfd, monkeypatch):
         return ended(pool.running)
 
     eventually(kill_all)
-    assert time.monotonic() - start > 0.15, "the forks came without a pause"
+    # The deaths of the first four may be told one by one, and then only the last pause is left.
+    assert time.monotonic() - start > 0.075, "the forks came without a pause"
     assert pool.running.wait() == 1
     said = capfd.readouterr().err
     assert "RuntimeError: workers died at once 5 times in a row, and nobody was served" in said
