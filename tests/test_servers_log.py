@@ -60,7 +60,12 @@ def fill_log(client):
 # --- a file system that does not answer ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", MODELS)
+def slow_but(quick, models):
+    """Each of them; `make test` has the quick ones only."""
+    return [model if model in quick else pytest.param(model, marks=pytest.mark.slow) for model in models]
+
+
+@pytest.mark.parametrize("model", slow_but(("fork", "epoll"), MODELS))
 def test_a_file_system_that_does_not_answer(model, tmp_path, stalling):  # noqa: F811
     path = tmp_path / "disk" / "log"
     options = ["--stop-timeout", "2", "--json", *room_for(model, 8)]
@@ -167,7 +172,7 @@ def test_a_failed_fdatasync_is_told_once(tmp_path, stalling):  # noqa: F811
         assert [name for name, _ in server.events()].count("log not synced") == 1
 
 
-@pytest.mark.parametrize("model", ["fork", "epoll", "asyncio"])
+@pytest.mark.parametrize("model", slow_but(("epoll",), ["fork", "epoll", "asyncio"]))
 def test_a_full_disk_is_told_once_a_second_and_when_it_is_over(model, tmp_path):
     """RLIMIT_FSIZE stands for it."""
     with Served(tmp_path / "log", "--json", model=model) as server, server.connect() as client:
