@@ -5,13 +5,14 @@ import os
 import select
 import signal
 import sys
+import time
 
 from ipckit.process import Child, Reaper
 
 
 def work() -> None:
     while True:
-        signal.pause()
+        time.sleep(0.1)  # not pause(), which sleeps on after a signal that came just before it
 
 
 workers: dict[Child, int] = {}
