@@ -29,6 +29,12 @@ __all__ = ["JsonCommand", "LiveView", "introduce", "show", "tell_events"]
 _REFRESH = 0.5  # seconds
 
 
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # before Python 3.11 it takes no parameter
+    _StreamHandler = logging.StreamHandler
+
+
 # --- events --------------------------------------------------------------------------------------
 
 
@@ -47,7 +53,7 @@ def tell_events(*, verbose: bool, as_json: bool = False) -> None:
         logging.getLogger("ipckit").setLevel(logging.INFO)
 
 
-class _Printer(logging.StreamHandler[TextIO]):
+class _Printer(_StreamHandler):
     """Prints on a standard stream, whatever that is at the moment: rich's, above what it draws.
 
     Who reads it may go away, and the terminal be closed: the server goes on.
