@@ -381,6 +381,9 @@ class Client:
         except BlockingIOError:
             pass
         except (ConnectionResetError, BrokenPipeError):
+            with contextlib.suppress(OSError):  # what had come before that is still there
+                while piece := self.connection.recv(1 << 18):
+                    self.got += piece
             self.end = "reset"
 
     def _receive(self):
