@@ -89,28 +89,44 @@ static void take_descriptors(char **argv, int *ret_fds, size_t n) {
     ik_process_close_all_but(sorted, n);
 }
 
-/* --- the logger --------------------------------------------------------------------------------*/
+/* --- the log
+ * ------------------------------------------------------------------------------------*/
+
+/* None of its descriptors but the memory, which is mapped. */
+static ik_log log_of(int format, int durability, int memory) {
+    ik_log log = {.reader = -1,
+                  .writer = -1,
+                  .handed = -1,
+                  .hand = -1,
+                  .staging_reader = -1,
+                  .staging_writer = -1,
+                  .parked = -1,
+                  .park = -1,
+                  .wake = -1,
+                  .acked = -1,
+                  .told = -1,
+                  .tell = -1,
+                  .file = -1,
+                  .format = format,
+                  .durability = durability,
+                  .shared = ik_log_map(memory)};
+    close(memory);
+    return log;
+}
 
 static int be_logger(char **argv) {
     int fds[LOGGER_FDS];
     take_descriptors(argv + 2, fds, LOGGER_FDS);
-    ik_log log = {.format = atoi(argv[0]),
-                  .durability = atoi(argv[1]),
-                  .reader = fds[0],
-                  .handed = fds[1],
-                  .staging_reader = fds[2],
-                  .staging_writer = fds[3],
-                  .parked = fds[4],
-                  .park = fds[5],
-                  .wake = fds[6],
-                  .acked = fds[7],
-                  .told = fds[8],
-                  .writer = -1,
-                  .hand = -1,
-                  .tell = -1,
-                  .file = -1,
-                  .shared = ik_log_map(fds[9])};
-    close(fds[9]);
+    ik_log log = log_of(atoi(argv[0]), atoi(argv[1]), fds[9]);
+    log.reader = fds[0];
+    log.handed = fds[1];
+    log.staging_reader = fds[2];
+    log.staging_writer = fds[3];
+    log.parked = fds[4];
+    log.park = fds[5];
+    log.wake = fds[6];
+    log.acked = fds[7];
+    log.told = fds[8];
     set_title(NULL, "ipckit-logger"); /* the arguments are read */
     return log.shared ? ik_log_run(&log) : ENOMEM;
 }
@@ -128,23 +144,11 @@ static void *map(int fd) {
 }
 
 static ik_log *use_log(ik_log *log, const int *fds) {
-    *log = (ik_log){.format = log->format,
-                    .durability = log->durability,
-                    .reader = -1,
-                    .writer = fds[0],
-                    .handed = -1,
-                    .hand = fds[1],
-                    .staging_reader = -1,
-                    .staging_writer = -1,
-                    .parked = -1,
-                    .park = -1,
-                    .wake = fds[2],
-                    .acked = fds[3],
-                    .told = -1,
-                    .tell = -1,
-                    .file = -1,
-                    .shared = ik_log_map(fds[4])};
-    close(fds[4]);
+    *log = log_of(log->format, log->durability, fds[4]);
+    log->writer = fds[0];
+    log->hand = fds[1];
+    log->wake = fds[2];
+    log->acked = fds[3];
     return log;
 }
 

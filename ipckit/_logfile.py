@@ -1,38 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""What a message log is made of: its file, opened, checked and locked, so that two logs never write one;
-its pipes and sockets. None of them is descriptor 0, 1 or 2."""
+"""The file of a message log: opened, checked and locked, so that two logs never write one."""
 
-import contextlib
 import errno
 import fcntl
-import socket
 import stat
 
 from ipckit import _procfs
-from ipckit._unpatched import os, socketpair, time
+from ipckit._descriptors import above_standard
+from ipckit._unpatched import os, time
 
 __all__ = [
     "Identity",
-    "above_standard",
     "end_torn_tail",
-    "eventfd",
     "identity_of",
     "open_file",
-    "packets",
-    "pipe",
 ]
 
 _SLICE = 0.01  # seconds between two looks whether the file is free
-
-
-def above_standard(fd: int) -> int:
-    """The descriptor as one above 2. These may be closed, but each child keeps what has their numbers."""
-    if fd > 2:
-        return fd
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    finally:
-        os.close(fd)
 
 
 Identity = tuple[int, int]  # device and inode
@@ -127,31 +111,3 @@ def end_torn_tail(fd: int, path: str) -> int:
     if os.pwrite(fd, b"\n", size) != 1:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     return 1
-
-
-def _both(first: int, second: int) -> tuple[int, int]:
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, second)
-        first = above_standard(first)
-        undo.pop_all()
-        undo.callback(os.close, first)
-        second = above_standard(second)
-        undo.pop_all()
-    return first, second
-
-
-def pipe(capacity: int) -> tuple[int, int]:
-    reader, writer = _both(*os.pipe())
-    with contextlib.suppress(PermissionError):  # over the user's pipe allowance: the default works too
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, capacity)
-    return reader, writer
-
-
-def eventfd() -> int:
-    return above_standard(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-
-
-def packets() -> tuple[int, int]:
-    """Two ends of a socket of packets."""
-    here, there = socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return _both(here.detach(), there.detach())

@@ -12,20 +12,19 @@ ordinary fork takes its place, which costs time and nothing else; the logger ``i
 """
 
 import errno
-import fcntl
 import logging
-import socket
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+from ipckit._descriptors import above_standard, packets
 from ipckit._handles import Rooted, finalizer
 from ipckit._native import ffi, lib
-from ipckit._unpatched import os, socketpair
+from ipckit._unpatched import os
 from ipckit.memory import SharedMemory
 from ipckit.process import Child, fork_native, made_by
 
-__all__ = ["CONNECTION", "WORKER", "Spawner", "Work", "execute", "refused"]
+__all__ = ["CONNECTION", "WORKER", "Spawner", "Work", "execute", "look_at_end"]
 
 _PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), "ipckit-spawner")
 _NOT_FOR_US = 125  # the status with which the program refuses another build
@@ -68,12 +67,10 @@ def give_up(why: str) -> None:
         _log.warning("children are made by ordinary forks from now on, which take longer: %s", why)
 
 
-def refused(child: Child) -> bool:
-    """Whether *child*, which has ended, was the program of another build: then there is no use in it."""
-    if child.status is None or child.status.code != _NOT_FOR_US:
-        return False
-    give_up(f"{_PROGRAM} is of another build of ipckit")
-    return True
+def look_at_end(child: Child) -> None:
+    """Give up if *child*, which has ended, was the program of another build: there is no use in it."""
+    if child.status is not None and child.status.code == _NOT_FOR_US:
+        give_up(f"{_PROGRAM} is of another build of ipckit")
 
 
 class Work(NamedTuple):
@@ -137,12 +134,11 @@ class Spawner(Rooted):
         """See to it that there is a program; False if it can't be executed."""
         if self._program is None:
             self._forget_program()  # a handler's exception may have left a half of one
-            ours, its = socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._control = ours.detach()
+            self._control, its = packets()
             try:
-                self._program = self._execute(its.fileno())
+                self._program = self._execute(its)
             finally:
-                its.close()
+                os.close(its)
             if self._program is not None:
                 self._native.control, self._native.pidfd = self._control, self._program.fileno()
         return self._program is not None
@@ -150,11 +146,11 @@ class Spawner(Rooted):
     def _execute(self, control: int) -> "Child | None":
         us = os.getpid()
         with ExitStack() as undo:
-            host = os.pidfd_open(us)
+            host = above_standard(os.pidfd_open(us))
             undo.callback(os.close, host)
-            fds = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (control, host, self._memory.fileno())]
-            for fd in fds:
-                undo.callback(os.close, fd)
+            memory = above_standard(os.dup(self._memory.fileno()))
+            undo.callback(os.close, memory)
+            fds = [control, host, memory]
             return execute(f"ipckit spawner of {us}", ("spawner", *fds, us), fds)
 
     def _forget_program(self) -> None:
@@ -164,7 +160,7 @@ class Spawner(Rooted):
         if program is not None:
             program.kill()
             program.wait()
-            refused(program)
+            look_at_end(program)
             program.close()
         if control >= 0:
             os.close(control)

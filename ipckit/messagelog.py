@@ -40,17 +40,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ipckit import _spawner, wait
 from ipckit._arguments import INT_MAX, Buffer, check_buffer, integer, seconds
+from ipckit._descriptors import above_standard, eventfd, packets, pipe
 from ipckit._handles import Rooted, finalizer
-from ipckit._logfile import (
-    above_standard,
-    copy_of_stream,
-    end_torn_tail,
-    eventfd,
-    identity_of,
-    open_file,
-    packets,
-    pipe,
-)
+from ipckit._logfile import copy_of_stream, end_torn_tail, identity_of, open_file
 from ipckit._native import ffi, lib
 from ipckit._records import Record, records
 from ipckit._unpatched import os, select, threading, time
@@ -488,7 +480,7 @@ class MessageLog(LogWriter):
 
     def _replace(self, dead: Child) -> None:
         """Raises: as fork(); then nothing is changed."""
-        _spawner.refused(dead)
+        _spawner.look_at_end(dead)
         self._logger = self._start_logger()
         dead.close()
         self._recent.append(time.monotonic())
