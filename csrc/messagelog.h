@@ -91,7 +91,7 @@ size_t ik_log_format_record(char *line, const void *data, size_t len, const char
  * With IK_NOW, no other deadline, it never waits, so an event loop can use it: after -ETIMEDOUT it
  * does other things until writer is ready for POLLOUT (append->full) or else acked for POLLIN,
  * which it reads empty first, and calls again with the same append. It also calls again after 100
- * ms without either: who was to ring acked may have been killed before it did. Unless
+ * ms without either: the logger that was to ring acked may have been killed before it did. Unless
  * append->appended, data may be given up, or another text put in its place. Of several loops that
  * poll acked, one may read it before the other has seen it; with an edge-triggered epoll nobody
  * need read it. */

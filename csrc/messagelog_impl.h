@@ -37,7 +37,7 @@ struct ik_log_shared {
     _Atomic uint64_t unsynced;
 };
 
-/* What comes with a file. */
+/* The packet that brings a file. */
 typedef struct packet {
     uint32_t number; /* of its offer; 0: the first file */
     int64_t until_ns;

@@ -21,7 +21,7 @@ typedef struct ik_prefork_place {
     ik_connection connection;
 } ik_prefork_place;
 
-/* Shared by all: who is idle, and whether the bell has been rung for too few of them.
+/* Shared by all: which workers are idle, and whether the bell has been rung for too few of them.
  *
  *   at                                    what
  *   0                                     the board

@@ -223,9 +223,9 @@ static void hand_back(int signum, siginfo_t *info) {
     syscall(SYS_rt_tgsigqueueinfo, getpid(), (int)syscall(SYS_gettid), signum, info);
 }
 
-/* Only what signal-safety(7) allows. Noting comes before ringing: who is woken finds it. Without a
- * bell (in a child that was forked behind Python's back; or somebody put this handler back after
- * its time) the signal is as if we had never been. */
+/* Only what signal-safety(7) allows. Noting comes before ringing: the thread that is woken finds
+ * it. Without a bell (in a child that was forked behind Python's back; or somebody put this handler
+ * back after its time) the signal is as if we had never been. */
 static void note(int signum, siginfo_t *info, void *context) {
     (void)context;
     int saved = errno;

@@ -352,18 +352,17 @@ def test_what_standard_output_can_not_be(tmp_path, options, why):
     assert "standard output is a file: name it, by --log FILE" in done.stderr
 
 
+def piped(command, folder):
+    """A command with nothing to read, whose output is read meanwhile."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, text=True, **streams)
+
+
 @pytest.mark.parametrize("durability", ["none", "written"])
 def test_a_log_on_standard_output(tmp_path, durability):
     """Nothing else is there; a rotation is refused, and changes nothing."""
     command = [*IPCKIT, "serve", "-u", "s", "-l", "-", "--durability", durability, "-v"]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as server:
+    with piped(command, tmp_path) as server:
         while "logging to standard output" not in server.stderr.readline():
             pass
         with connect(str(tmp_path / "s")) as client:
@@ -520,14 +519,7 @@ def test_json_is_all_there_is_on_one_stream(tmp_path):
         "-m",
         "epoll",
     ]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as server:
+    with piped(command, tmp_path) as server:
         told = []
 
         def until(name):

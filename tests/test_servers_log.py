@@ -194,6 +194,17 @@ def test_a_full_disk_is_told_once_a_second_and_when_it_is_over(model, tmp_path):
 # --- loggers -------------------------------------------------------------------------------------
 
 
+def offered_while_it_stands(server):
+    """Stop the logger, rename its file and send SIGHUP; the logger, once the new file is offered to it."""
+    logger = server.wait_logger()
+    os.kill(logger, signal.SIGSTOP)
+    wait_stopped(logger)
+    server.path.rename(server.path.with_name("log.1"))
+    server.process.send_signal(signal.SIGHUP)
+    eventually(server.path.exists)
+    return logger
+
+
 def test_without_a_process_for_a_logger_the_server_goes_on(tmp_path, forked):
     if os.geteuid() != 0:
         pytest.skip("needs root, to become a user whose processes can be limited")
@@ -247,12 +258,7 @@ def test_reopening_holds_nobody_up(model, tmp_path):
     path = tmp_path / "log"
     with Served(path, "--json", model=model) as server, server.connect() as client:
         assert exchange(client, b"old\n") == b"old\n"
-        logger = server.wait_logger()
-        os.kill(logger, signal.SIGSTOP)
-        wait_stopped(logger)
-        path.rename(tmp_path / "log.1")
-        server.process.send_signal(signal.SIGHUP)
-        eventually(path.exists)  # it is offered now
+        logger = offered_while_it_stands(server)
         assert exchange(client, b"meanwhile\n") == b"meanwhile\n"
         assert "log kept" not in server.errors(), "the echo did not wait for the end of it"
         assert "did not go over in time" in happened(server, "log kept")["text"]
@@ -270,12 +276,7 @@ def test_a_logger_killed_while_it_goes_over_is_followed_by_one_that_does(tmp_pat
     path = tmp_path / "log"
     with Served(path, "--json", model="epoll") as server, server.connect() as client:
         assert exchange(client, b"old\n") == b"old\n"
-        logger = server.wait_logger()
-        os.kill(logger, signal.SIGSTOP)
-        wait_stopped(logger)
-        path.rename(tmp_path / "log.1")
-        server.process.send_signal(signal.SIGHUP)
-        eventually(path.exists)
+        logger = offered_while_it_stands(server)
         os.kill(logger, signal.SIGKILL)
         eventually(lambda: {"log reopened", "log kept"} & {name for name, _ in server.events()})
         if "log kept" in [name for name, _ in server.events()]:  # slower than the time limit

@@ -70,13 +70,6 @@ _SERVER_OPTIONS: "list[tuple[str, Any, str, str]]" = [
 _Command = Callable[..., None]
 
 
-class _LogPath(click.Path):
-    """A file, or - for standard output."""
-
-    def __init__(self) -> None:
-        super().__init__(dir_okay=False, allow_dash=True)
-
-
 def _log_option(text: str, kind: click.Path) -> Callable[[_Command], _Command]:
     return click.option(
         "-l",
@@ -216,7 +209,7 @@ def _keyword(option: str) -> str:
 @_log_option(
     "The file to which each message is appended; a server has one of its own. -: standard output, for a "
     "journal or a pipe.",
-    _LogPath(),
+    click.Path(dir_okay=False, allow_dash=True),
 )
 @click.option("--no-log", is_flag=True, help="Log no messages.")
 @click.option(

@@ -15,7 +15,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "kernel.h"
 #include "messagelog.h"
 #include "wait.h"
 
