@@ -18,6 +18,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import isolation
 import pytest
+from hypothesis import HealthCheck, settings
 
 from ipckit import registry
 from ipckit.messagelog import MessageLog
@@ -31,6 +32,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds that a test waits for a condition before it gives up: never reached without a fault.
 PATIENCE = 300.0
+# Generated inputs: a busy machine is no fault.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 # Of a log that a test does not close by itself; its default is ten seconds.
 MessageLog.close.__kwdefaults__["timeout"] = PATIENCE  # type: ignore[index]
 

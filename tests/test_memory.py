@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE, eventually
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from procfs import state
 
@@ -281,7 +281,7 @@ ORDERS = 1000 if os.environ.get("IPCKIT_PROOF") else 100
 
 
 @pytest.mark.proof
-@settings(max_examples=ORDERS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=ORDERS)
 @given(
     steps=st.lists(
         st.tuples(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, eventually
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from procfs import asleep, wakeups
 
@@ -111,7 +111,7 @@ def test_larger_than_the_pipe(pipe, forked):
     assert child.wait() == 0
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(
     sizes=st.lists(st.one_of(st.integers(0, 100), st.integers(0, 20_000)), max_size=20),
     capacity=st.sampled_from([4096, 16_384, 65_536]),

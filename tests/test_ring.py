@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, eventually
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from procfs import asleep, stopped_while, wakeups
 
@@ -84,7 +84,7 @@ def test_sizes_from_nothing_to_beyond_the_ring(either, forked):
     assert either.stats().messages == either.stats().used == 0
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.none(), st.integers(0, 500)), max_size=60), st.booleans())
 def test_like_a_deque(steps, locked):
     expected = []

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import sysv_ipc
 from conftest import PATIENCE, eventually
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipckit import Closed, registry
@@ -515,7 +515,7 @@ STEPS = st.lists(
 
 
 @pytest.mark.proof
-@settings(max_examples=1000 if PROOF else 100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000 if PROOF else 100)
 @given(steps=STEPS)
 def test_no_order_of_views_and_closes_is_worse_than_an_error(steps):
     root = SharedMemory(size=4096)

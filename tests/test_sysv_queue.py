@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import sysv_ipc
 from conftest import PATIENCE, eventually
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from procfs import state, wakeups
 
@@ -140,7 +140,7 @@ def test_messages_by_type(queue):
     assert caught.value.errno == errno.ETIMEDOUT
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(
     steps=st.lists(
         st.one_of(

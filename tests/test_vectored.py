@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from conftest import PATIENCE, eventually
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from procfs import asleep
 
@@ -277,7 +277,7 @@ def test_a_buffer_in_use_can_not_be_resized(pipe, forked):
         signal.signal(signal.SIGUSR1, former)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     out=st.lists(st.binary(max_size=5000), max_size=40),
     cuts=st.lists(st.integers(min_value=0, max_value=3000), max_size=40),
