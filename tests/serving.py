@@ -22,7 +22,7 @@ import pytest
 from conftest import PATIENCE, eventually
 
 from ipckit.messagelog import records
-from ipckit.servers import listen, server_class
+from ipckit.servers import MODELS, listen, server_class
 
 BENCH = Path(__file__).parent.parent / "build" / "bench"  # the C programs of bench/c, built by make
 
@@ -329,6 +329,11 @@ def chatter(seed, longest=3000):
     chance = random.Random(seed)
     for number in itertools.count():
         yield b"%d of %d %s\n" % (number, seed, b"x" * chance.randrange(longest))
+
+
+def slow_but(*quick, models=MODELS):
+    """Each of the models; `make test` has the quick ones only."""
+    return [model if model in quick else pytest.param(model, marks=pytest.mark.slow) for model in models]
 
 
 def room_for(model, clients):

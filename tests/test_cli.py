@@ -128,12 +128,14 @@ def test_a_log_that_can_not_be_written_is_one_line(tmp_path, name, message):
     assert run("serve", "--port", "0", "--log", path) == (1, "", f"Error: {path}: {message}\n")
 
 
-def test_a_log_in_use_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "command", [("serve", "--port", "0"), pytest.param(("demo",), marks=pytest.mark.slow)]
+)
+def test_a_log_in_use_is_one_line(tmp_path, command):
     path = tmp_path / "log"
     with Served(path) as server:
         refused = f"Error: {path}: another process writes this log (process {server.wait_logger()})\n"
-        assert run("serve", "--port", "0", "--log", path) == (1, "", refused)
-        status, out, errors = run("demo", "--log", path)
+        status, out, errors = run(*command, "--log", path)
         assert (status, errors) == (1, refused)
         assert "verified" not in out
         assert server.stop()[0] == 0

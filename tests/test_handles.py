@@ -170,6 +170,7 @@ def with_ever_more_descriptors(make):
 
     sys.unraisablehook = complain
     gc.collect()
+    gc.freeze()  # so that what is collected below is soon looked through
     highest = max(open_descriptors())
     while os.open("/dev/null", os.O_RDONLY) < highest:  # so that none below it is free
         pass

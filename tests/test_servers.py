@@ -32,6 +32,7 @@ from serving import (
     recv_exact,
     room_for,
     silent,
+    slow_but,
     wait_asleep,
     wait_cut,
     wait_gone,
@@ -46,12 +47,7 @@ from ipckit.servers import MODELS
 ONE_AT_A_TIME = {"iterative"}
 
 
-EACH_KIND = {"fork", "prefork", "epoll", "asyncio"}
-
-
-@pytest.fixture(
-    params=[name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.fixture(params=slow_but("fork", "prefork", "epoll", "asyncio"))
 def model(request):
     return request.param
 
@@ -189,6 +185,7 @@ def test_who_is_silent_and_who_does_not_read_is_cut(started):
         assert how in printed, printed
 
 
+@pytest.mark.parametrize("model", slow_but("epoll"))
 def test_a_slow_but_steady_reader_is_not_cut(started):
     """What has been sent to it is more than it reads in many times the limit, and fills what there is to hold it."""
     server = started("--idle-timeout", "1")

@@ -13,17 +13,12 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, eventually
-from serving import connect, exchange, half_close_and_drain, recv_exact
-
-from ipckit.servers import MODELS
+from serving import connect, exchange, half_close_and_drain, recv_exact, slow_but
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-EACH_KIND = {"fork", "prefork", "epoll", "thread"}
 
 
-@pytest.fixture(
-    params=[name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.fixture(params=slow_but("fork", "prefork", "epoll", "thread"))
 def model(request):
     return request.param
 

@@ -17,6 +17,7 @@ from serving import (
     exchange,
     recv_exact,
     room_for,
+    slow_but,
     user_of_its_own,
     wait_asleep,
     wait_gone,
@@ -25,7 +26,7 @@ from serving import (
 from stalling import stalling  # noqa: F401 - a fixture
 
 from ipckit.messagelog import MessageLog
-from ipckit.servers import MODELS, listen
+from ipckit.servers import listen
 from ipckit.servers.epoll import EpollServer
 
 PIECE = b"z" * 4096
@@ -60,12 +61,7 @@ def fill_log(client):
 # --- a file system that does not answer ----------------------------------------------------------
 
 
-def slow_but(quick, models):
-    """Each of them; `make test` has the quick ones only."""
-    return [model if model in quick else pytest.param(model, marks=pytest.mark.slow) for model in models]
-
-
-@pytest.mark.parametrize("model", slow_but(("fork", "epoll"), MODELS))
+@pytest.mark.parametrize("model", slow_but("epoll"))
 def test_a_file_system_that_does_not_answer(model, tmp_path, stalling):  # noqa: F811
     path = tmp_path / "disk" / "log"
     options = ["--stop-timeout", "2", "--json", *room_for(model, 8)]
@@ -172,7 +168,7 @@ def test_a_failed_fdatasync_is_told_once(tmp_path, stalling):  # noqa: F811
         assert [name for name, _ in server.events()].count("log not synced") == 1
 
 
-@pytest.mark.parametrize("model", slow_but(("epoll",), ["fork", "epoll", "asyncio"]))
+@pytest.mark.parametrize("model", slow_but("epoll", models=["fork", "epoll", "asyncio"]))
 def test_a_full_disk_is_told_once_a_second_and_when_it_is_over(model, tmp_path):
     """RLIMIT_FSIZE stands for it."""
     with Served(tmp_path / "log", "--json", model=model) as server, server.connect() as client:

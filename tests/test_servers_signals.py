@@ -13,12 +13,10 @@ import termios
 
 import pytest
 from conftest import PATIENCE, eventually
-from serving import Served, exchange, wait_cut
+from serving import Served, exchange, slow_but, wait_cut
 
-from ipckit.servers import MODELS
 from ipckit.servers.terminal import Terminal
 
-EACH_KIND = {"fork", "prefork", "thread", "epoll", "asyncio"}
 OURS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 
 UPPER = """
@@ -61,9 +59,7 @@ class Forks(Service):
 """
 
 
-@pytest.fixture(
-    params=[name if name in EACH_KIND else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.fixture(params=slow_but("fork", "prefork", "thread", "epoll", "asyncio"))
 def model(request):
     return request.param
 
