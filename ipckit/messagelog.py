@@ -228,8 +228,9 @@ class LogWriter:
         """A descriptor that becomes readable when a waiting ``Append`` may be done.
 
         Read it empty (``os.read(log.acked, 8)``) before calling ``done()``. Of several loops that
-        wait for it, each in a process, one may read it before the other has seen it; with an
-        edge-triggered epoll nobody need read it. Raises: Closed. See eventfd(2).
+        wait for it, each in a process, one may read it before the other has seen it, which then finds
+        nothing to read: BlockingIOError (EAGAIN). With an edge-triggered epoll nobody need read it.
+        Raises: Closed. See eventfd(2).
         """
         return self._descriptor("acked")
 

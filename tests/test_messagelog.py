@@ -1123,7 +1123,8 @@ def loop_until_done(log, appends, supervise=True):
             poller.register(log, select.POLLIN)
         for fd, _ in poller.poll(100):
             if fd == log.acked:
-                os.read(fd, 8)
+                with contextlib.suppress(BlockingIOError):  # another process's loop was first
+                    os.read(fd, 8)
             elif supervise and fd == log.fileno():
                 log.supervise()
 
