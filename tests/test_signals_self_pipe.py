@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,9 @@ def rings(self_pipe):
 
 
 def kernel_action(signum):
+    """Without SA_RESTORER, which the C library adds with the first action that is set, for ever."""
     kernel = signals._kernel_action(signum)
-    return kernel.handler, kernel.mask, kernel.flags
+    return kernel.handler, kernel.mask, kernel.flags & ~0x04000000
 
 
 def mask():
@@ -305,8 +307,12 @@ def test_no_thread_writes_into_what_gets_the_number_of_a_closed_one(forked, tmp_
 def forked_by_os(target):
     pid = os.fork()
     if pid == 0:
-        target()
-        os._exit(0)
+        try:
+            target()
+            os._exit(0)
+        finally:  # it is not to go on with the tests
+            traceback.print_exc()
+            os._exit(1)
     return pid, lambda: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
