@@ -275,6 +275,7 @@ def test_the_duration_is_the_end_whatever_the_time_limit_is(serving):
     assert report.errors == {"timed out": 3}
     report = run_load(serving(after_hello(silent)), connections=3, duration=0.3, timeout=NEVER, grace=0.1)
     assert report.errors == {"timed out": 3}
+    assert "after 1 bytes, within a message" in report.first["timed out"]
 
 
 def test_connections_that_are_not_served_do_not_hold_up_those_that_are(serving):
