@@ -40,6 +40,10 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+_NOT_BEGUN = {"ipckit-serve", "ipckit-spawner"}
+"""The names that a child of ``ipckit serve`` has until it goes by its own: the server's, and its program's."""
+
+
 class Served:
     """``ipckit serve`` with *options*, logging to *path*: on a free port of loopback unless they say where.
 
@@ -112,15 +116,19 @@ class Served:
         return connect(address or self.address)
 
     def children(self):
-        """The living children, the logger among them, and the zombies; without the spawner."""
-        found = [pid for pid in self.everybody() if not _may_spawn(pid)]
+        """The living children that have begun, the logger among them, and the zombies; without the spawner."""
+        found = [pid for pid in self.everybody() if _comm(pid) not in _NOT_BEGUN]
         zombies = [pid for pid in found if _state(pid) in ("Z", "X")]
         return [pid for pid in sorted(found) if _state(pid) not in ("Z", "X", None)], zombies
 
     def spawner(self):
         """The program that makes its children, when there is one, and its last child goes by its own name."""
+
+        def spawners():
+            return [pid for pid in self.everybody() if _comm(pid) == "ipckit-spawner"]
+
         found = []
-        eventually(lambda: found.append([*filter(_may_spawn, self.everybody())]) or len(found[-1]) == 1)
+        eventually(lambda: found.append(spawners()) or len(found[-1]) == 1)
         return found[-1][0]
 
     def everybody(self):
@@ -216,11 +224,11 @@ def _state(pid):
     return fields and fields[0]
 
 
-def _may_spawn(pid):
-    """Whether it is the spawner, or its child that has not begun yet."""
+def _comm(pid):
+    """The name of a process, as ps shows it; None if it has gone."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/comm").read_bytes() == b"ipckit-spawner\n"
-    return False
+        return Path(f"/proc/{pid}/comm").read_text().rstrip()
+    return None
 
 
 def wait_stopped(*pids):

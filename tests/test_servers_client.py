@@ -205,8 +205,9 @@ def test_a_server_that_is_killed_is_one_line_and_status_1(server, before):
     if before:
         os.write(held, before)
         assert client.stdout.readline() == before
-    eventually(lambda: len(server.children()[0]) == 2)
-    (worker,) = set(server.children()[0]) - {server.wait_logger()}
+    logger = server.wait_logger()
+    eventually(lambda: set(server.children()[0]) > {logger})
+    (worker,) = set(server.children()[0]) - {logger}
     os.kill(worker, signal.SIGSTOP)
     wait_stopped(worker)
     os.write(held, b"never answered\n")
