@@ -27,7 +27,11 @@ isolation.leave_process_1()
 ISOLATED = isolation.isolated() or isolation.isolate()
 QUEUES = isolation.QUEUES if ISOLATED else "/dev/mqueue"
 signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-# Ignored in what a shell starts in the background, and so in every child that a test interrupts.
+# What is ignored here is ignored in each child that a test signals: SIGINT and SIGQUIT in what a shell starts
+# in the background, SIGHUP under nohup. A program executed by us has the default again, if we have a handler.
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Seconds that a test waits for a condition before it gives up: never reached without a fault.
