@@ -27,8 +27,8 @@ isolation.leave_process_1()
 ISOLATED = isolation.isolated() or isolation.isolate()
 QUEUES = isolation.QUEUES if ISOLATED else "/dev/mqueue"
 signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
-# What is ignored here is ignored in each child that a test signals: SIGINT and SIGQUIT in what a shell starts
-# in the background, SIGHUP under nohup. A program executed by us has the default again, if we have a handler.
+# A signal that is ignored here is ignored in each child that a test signals: a shell ignores SIGINT and SIGQUIT
+# for its background jobs, nohup SIGHUP. A program executed by us has the default again, if we have a handler.
 for number in (signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)

@@ -117,15 +117,20 @@ class Served:
 
     def children(self):
         """The living children that have begun, the logger among them, and the zombies; without the spawner."""
-        found = [pid for pid in self.everybody() if _comm(pid) not in _NOT_BEGUN]
+        found = [pid for pid in self.everybody() if name_of(pid) not in _NOT_BEGUN]
         zombies = [pid for pid in found if _state(pid) in ("Z", "X")]
         return [pid for pid in sorted(found) if _state(pid) not in ("Z", "X", None)], zombies
+
+    def workers(self):
+        """The living children that have begun, without the logger."""
+        logger = self.wait_logger()
+        return [pid for pid in self.children()[0] if pid != logger]
 
     def spawner(self):
         """The program that makes its children, when there is one, and its last child goes by its own name."""
 
         def spawners():
-            return [pid for pid in self.everybody() if _comm(pid) == "ipckit-spawner"]
+            return [pid for pid in self.everybody() if name_of(pid) == "ipckit-spawner"]
 
         found = []
         eventually(lambda: found.append(spawners()) or len(found[-1]) == 1)
@@ -224,11 +229,11 @@ def _state(pid):
     return fields and fields[0]
 
 
-def _comm(pid):
-    """The name of a process, as ps shows it; None if it has gone."""
+def name_of(pid):
+    """The name of a process, as ps shows it; "" if it has gone."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/comm").read_text().rstrip()
-    return None
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def wait_stopped(*pids):

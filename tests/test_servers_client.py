@@ -205,9 +205,8 @@ def test_a_server_that_is_killed_is_one_line_and_status_1(server, before):
     if before:
         os.write(held, before)
         assert client.stdout.readline() == before
-    logger = server.wait_logger()
-    eventually(lambda: set(server.children()[0]) > {logger})
-    (worker,) = set(server.children()[0]) - {logger}
+    eventually(server.workers)
+    (worker,) = server.workers()
     os.kill(worker, signal.SIGSTOP)
     wait_stopped(worker)
     os.write(held, b"never answered\n")

@@ -33,11 +33,6 @@ from ipckit.servers import listen
 from ipckit.servers.fork import ForkServer
 
 
-def workers(server):
-    logger = server.wait_logger()
-    return [pid for pid in server.children()[0] if pid != logger]
-
-
 def test_it_echoes_logs_and_stops(tmp_path):
     with Served(tmp_path / "log") as server:
         with server.connect() as connection:
@@ -198,7 +193,7 @@ def test_a_killed_child_ends_only_its_connection(tmp_path):
     with Served(tmp_path / "log") as server:
         victim = server.connect()
         assert exchange(victim, b"v") == b"v"
-        (child,) = workers(server)
+        (child,) = server.workers()
         other = server.connect()
         assert exchange(other, b"o") == b"o"
         os.kill(child, signal.SIGKILL)
@@ -233,7 +228,7 @@ def test_a_signal_too_early_or_twice_still_ends_it_with_status_0(tmp_path):
 def test_what_had_come_before_the_stop_is_answered(tmp_path):
     with Served(tmp_path / "log") as server, server.connect() as connection:
         assert exchange(connection, b"a") == b"a"
-        (child,) = workers(server)
+        (child,) = server.workers()
         os.kill(child, signal.SIGSTOP)
         wait_stopped(child)
         connection.sendall(b"came before the stop")
@@ -253,7 +248,7 @@ def pending(pid):
 def test_a_child_that_does_not_end_is_killed_at_the_deadline(tmp_path):
     with Served(tmp_path / "log", "--stop-timeout", "0.1") as server, server.connect() as connection:
         assert exchange(connection, b"x") == b"x"
-        (child,) = workers(server)
+        (child,) = server.workers()
         os.kill(child, signal.SIGSTOP)
         wait_stopped(child)
         code, printed = server.stop()

@@ -9,13 +9,12 @@ import random
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 
 import procfs
 import pytest
 from conftest import eventually
 from fire import WHOLE, check_log, client_under_fire, client_until_closed, slice_of
-from serving import Served, wait_gone
+from serving import Served, name_of, wait_gone
 
 from ipckit.servers import MODELS
 
@@ -114,12 +113,6 @@ def storm(server, chance):
             os.kill(server.pid, signal.SIGHUP)
         time.sleep(chance.random() * 0.03)  # a log gives up when its loggers die 100 times in a second
     return hit, rotated
-
-
-def name_of(pid):
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    return ""
 
 
 def wake(pid):
